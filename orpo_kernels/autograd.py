@@ -1,0 +1,195 @@
+"""The forward and backward of the primitive on scored tokens, and the autograd function around them.
+
+A token is seen by any loss only through its log-probability, so `u_t` (see `kernels.interface`), computed while
+the chunk's exponentials are at hand, is all that the backward of `hidden` needs: `dL/dh_t = c_t s_t u_t` with
+`c_t = dL/dlogp_t`. The gradient of the head needs `c_t` and waits for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from orpo_kernels.backend import choose
+from orpo_kernels.kernels.interface import Head, Kept, Tokens
+from orpo_kernels.plan import MIB, Plan
+from orpo_kernels.tokens import RowGroups
+
+
+class HeadOptions(NamedTuple):
+    """Everything about the head and the call that is not a tensor."""
+
+    logit_scale: float
+    softcap: float | None
+    compute_dtype: torch.dtype
+    plan: Plan
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted. Asked of the caller's tensors: under no_grad a leaf still says it requires
+    one, and inside an autograd function nothing else is known."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs: sure_not = 1 - p(target) [N], lse [N], u [N, D] or None."""
+
+    sure_not: Tensor
+    lse: Tensor
+    u: Tensor | None
+    kept: Kept | None
+
+
+def logps_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor, Saved]:
+    """Log-probabilities [N] of the scored tokens, and what their backward needs."""
+    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype)
+    backend, head, schedule = choose(
+        options.plan,
+        head,
+        targets.numel(),
+        train_hidden=needs.hidden,
+        train_weight=needs.weight or needs.bias,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = backend.forward(Tokens(hidden, rows, targets), head, schedule, needs.hidden)
+        # softplus(x) = x beyond the threshold: e^-40 is below fp64's rounding.
+        logps = -F.softplus(out.gap, threshold=40.0)
+        return logps, Saved(torch.sigmoid(out.gap), out.lse, out.u, out.kept)
+
+
+def hidden_gradient(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    coefficient: Tensor,
+    u: Tensor,
+    rows: Tensor | None,
+    groups: RowGroups | None,
+    plan: Plan,
+) -> Tensor:
+    """sum over the tokens t of each row of coefficient_t * u_t: [R, D], rounded once to `dtype`.
+
+    coefficient: [N] accumulation dtype, c_t * s_t.
+    """
+    wide, device = coefficient.dtype, coefficient.device
+    # Pieces small enough for the cache of a CPU, and for the budget.
+    step = max(1, min(plan.budget(device) // 4, MIB if device.type == "cpu" else 64 * MIB) // (shape[-1] * wide.itemsize))
+    if rows is None:
+        grad = torch.empty(shape, dtype=dtype, device=device)
+        for start in range(0, u.shape[0], step):
+            part = slice(start, start + step)
+            torch.mul(u[part], coefficient[part, None], out=grad[part])
+        return grad
+
+    grad = torch.zeros(shape, dtype=dtype, device=device)
+    if groups is None:
+        for start in range(0, u.shape[0], step):
+            part = slice(start, start + step)
+            grad.index_copy_(0, rows[part], (u[part] * coefficient[part, None]).to(dtype))
+        return grad
+    for start in range(0, groups.unique.numel(), step):
+        part = slice(start, start + step)
+        counts, starts = groups.counts[part], groups.starts[part]
+        total = torch.zeros(counts.numel(), u.shape[1], dtype=wide, device=device)
+        for rank in range(groups.largest):
+            # A group with fewer members leaves its sum as it is, even if its first member is not finite.
+            has_one = counts > rank
+            member = groups.order[torch.where(has_one, starts + rank, starts)]
+            term = u[member] * coefficient[member, None]
+            total += term.masked_fill_(~has_one[:, None], 0.0)
+        grad.index_copy_(0, groups.unique[part], total.to(dtype))
+    return grad
+
+
+def head_gradient(
+    tokens: Tokens,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    saved: Saved,
+    options: HeadOptions,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight [V, D] and bias [V], each in its parameter's dtype, None where not needed."""
+    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype)
+    backend, head, schedule = choose(
+        options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True
+    )
+    with torch.autocast(coefficient.device.type, enabled=False):
+        d_weight, d_bias = backend.weight_gradient(
+            tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias
+        )
+    # The kernels see the weight in the compute dtype; its gradient belongs to the parameter.
+    return None if d_weight is None else d_weight.to(weight.dtype), d_bias
+
+
+class LinearLogps(torch.autograd.Function):
+    """`logps_forward` and `logps_backward` for autograd. Saves no product of its own but u: with a frozen head
+    neither `hidden` nor `weight` is kept alive."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: Tensor | None,
+        groups: RowGroups | None,
+        options: HeadOptions,
+        needs: Needs,
+    ) -> Tensor:
+        logps, saved = logps_forward(hidden, weight, bias, targets, rows, options, needs)
+        trains_head = needs.weight or needs.bias
+        # The parameters themselves are saved, never a cast of them: sharding hooks recognise only those.
+        inputs = (hidden, weight, bias, targets) if trains_head else (None, None, None, None)
+        kept = saved.kept
+        ctx.save_for_backward(
+            *inputs,
+            rows,
+            *(groups[:4] if groups is not None else (None,) * 4),
+            saved.sure_not,
+            saved.lse if trains_head else None,
+            saved.u,
+            kept.values if kept is not None else None,
+            kept.reference if kept is not None else None,
+        )
+        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        ctx.kept_columns = kept.columns if kept is not None else 0
+        ctx.largest_group = groups.largest if groups is not None else 0
+        ctx.options, ctx.needs = options, needs
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, weight, bias, targets, rows, order, unique, starts, counts, sure_not, lse, u, kept, reference) = (
+            ctx.saved_tensors
+        )
+        needs: Needs = ctx.needs
+        coefficient = grad.to(sure_not.dtype) * sure_not
+        d_hidden = d_weight = d_bias = None
+        if needs.hidden:
+            groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
+            d_hidden = hidden_gradient(
+                ctx.hidden_shape, ctx.hidden_dtype, coefficient, u, rows, groups, ctx.options.plan
+            )
+        if needs.weight or needs.bias:
+            saved = Saved(sure_not, lse, u, None if kept is None else Kept(kept, reference, ctx.kept_columns))
+            tokens = Tokens(hidden, rows, targets)
+            d_weight, d_bias = head_gradient(tokens, weight, bias, coefficient, saved, ctx.options, needs)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None

@@ -1,0 +1,80 @@
+"""Which implementation serves a call: the backend follows the device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from orpo_kernels.kernels import torch_path
+from orpo_kernels.kernels.interface import Head
+from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
+
+
+def choose(
+    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool
+) -> tuple[ModuleType, Head, Schedule]:
+    """The backend's module, the head as that backend takes it, and the loop sizes."""
+    vocab_size, hidden_size = head.weight.shape
+
+    def schedule(full_rows: bool) -> Schedule:
+        return plan.schedule(
+            tokens,
+            hidden_size,
+            vocab_size,
+            head.compute_dtype,
+            head.weight.device,
+            train_hidden=train_hidden,
+            train_weight=train_weight,
+            softcap=head.softcap is not None,
+            full_rows=full_rows,
+        )
+
+    if why_not_triton(head) is None:
+        from orpo_kernels.kernels import triton_path
+
+        try:
+            full = schedule(full_rows=True)
+        except ScratchTooSmall:
+            pass  # A row of the vocabulary does not fit the budget; the torch path also cuts the vocabulary.
+        else:
+            cast = head._replace(weight=_cast_weight(head.weight, head.compute_dtype))
+            return triton_path, cast, full
+    return torch_path, head, schedule(full_rows=False)
+
+
+def why_not_triton(head: Head) -> str | None:
+    """None where the Triton kernels serve this head, else the reason in words."""
+    device = head.weight.device
+    if device.type != "cuda":
+        return f"the kernels run on GPUs, and the head is on {device.type}"
+    if not has_triton():
+        return "triton is not installed"
+    from orpo_kernels.kernels import triton_path
+
+    return triton_path.supports(head, device)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_casts = WeakTensorKeyDictionary()
+
+
+def _cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the compute dtype; made once while a frozen weight does not change."""
+    if weight.dtype == dtype:
+        return weight
+    if weight.requires_grad:
+        return weight.to(dtype)
+    entry = _casts.get(weight)
+    if entry is None or entry[0] != (weight._version, weight.data_ptr(), dtype):
+        entry = ((weight._version, weight.data_ptr(), dtype), weight.detach().to(dtype))
+        _casts[weight] = entry
+    return entry[1]

@@ -1,0 +1,192 @@
+"""The primitive under torch.compile: the eager bodies as two opaque operators.
+
+How many tokens are scored is data, so selection happens inside the operator and the sizes that depend on it
+are dynamic: a compiled graph serves every length and every number of ignored tokens. Eager calls do not come
+here, so that torch's FlopCounterMode, blind inside custom operators, sees their products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.autograd import (
+    HeadOptions,
+    Needs,
+    Saved,
+    head_gradient,
+    hidden_gradient,
+    logps_forward,
+)
+from orpo_kernels.kernels.interface import Kept, Tokens
+from orpo_kernels.linear_logps import needs_of
+from orpo_kernels.plan import Plan
+from orpo_kernels.tokens import group_rows, select_scored
+
+# `Plan.keep_logit_grads=True` in an operator's integer argument.
+_KEEP_ALL = -1
+
+
+@torch.library.custom_op("orpo_kernels::linear_logps", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    scratch_bytes: int | None,
+    keep: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """(logps [T], positions [N], sure_not [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
+    scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
+    options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
+    logps, saved = logps_forward(
+        hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs)
+    )
+    positions = scored.positions
+    if positions is None:
+        positions = torch.arange(targets.numel(), device=targets.device)
+    full = logps.new_zeros(targets.numel()).index_copy_(0, positions, logps)
+    none = logps.new_empty(0, 0)
+    kept = saved.kept
+    return (
+        full,
+        positions,
+        saved.sure_not,
+        saved.lse,
+        none if saved.u is None else saved.u,
+        none if kept is None else kept.values,
+        none.clone() if kept is None else kept.reference,
+        0 if kept is None else kept.columns,
+    )
+
+
+@torch.library.custom_op("orpo_kernels::linear_logps_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    positions: Tensor,
+    sure_not: Tensor,
+    lse: Tensor,
+    u: Tensor,
+    kept: Tensor,
+    reference: Tensor,
+    columns: int,
+    logit_scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    scratch_bytes: int | None,
+    keep: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not needed."""
+    options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
+    wants = Needs(*needs)
+    coefficient = grad.index_select(0, positions).to(sure_not.dtype) * sure_not
+    token_rows = positions if rows is None else rows.index_select(0, positions)
+    groups = None if rows is None else group_rows(token_rows)
+    d_hidden = d_weight = d_bias = None
+    if wants.hidden:
+        d_hidden = hidden_gradient(
+            hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan
+        )
+    if wants.weight or wants.bias:
+        saved = Saved(sure_not, lse, None, Kept(kept, reference, columns) if columns else None)
+        tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
+        d_weight, d_bias = head_gradient(tokens, weight, bias, coefficient, saved, options, wants)
+    return tuple(hidden.new_empty(0) if g is None else g for g in (d_hidden, d_weight, d_bias))  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs):
+    context = torch.library.get_ctx()
+    n = context.new_dynamic_size()
+    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    number = hidden.new_empty(n, dtype=wide)
+    kept = hidden.new_empty(0, 0, dtype=wide)
+    reference = hidden.new_empty(0, 0, dtype=wide)
+    columns = 0
+    if keep and (needs[1] or needs[2]):
+        k = context.new_dynamic_size()
+        kept = hidden.new_empty(k, weight.shape[0], dtype=compute_dtype)
+        reference = hidden.new_empty(k, context.new_dynamic_size(), dtype=wide)
+        columns = context.new_dynamic_size()
+    return (
+        hidden.new_empty(targets.shape[0], dtype=wide),
+        targets.new_empty(n, dtype=torch.int64),
+        number,
+        torch.empty_like(number),
+        hidden.new_empty(n, weight.shape[1], dtype=compute_dtype) if needs[0] else hidden.new_empty(0, 0, dtype=wide),
+        kept,
+        reference,
+        columns,
+    )
+
+
+@_backward.register_fake
+def _(grad, hidden, weight, bias, targets, rows, positions, sure_not, lse, u, kept, reference, columns, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs):
+    def like(x, needed):
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
+
+    return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, targets, rows = inputs[:5]
+    _, *saved, columns = output
+    ctx.save_for_backward(hidden, weight, bias, targets, rows, *saved)
+    ctx.columns = columns
+    ctx.arguments = inputs[6:]
+    ctx.needs = inputs[-1]
+
+
+def _autograd(ctx, grad, *_unused):
+    grads = _backward(grad, *ctx.saved_tensors, ctx.columns, *ctx.arguments)
+    return (*(g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 9)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def compiled_linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    ignore_index: int,
+    options: HeadOptions,
+) -> Tensor:
+    """`linear_logps` on checked arguments, traceable."""
+    plan = options.plan
+    logps = _forward(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        None if rows is None else rows.reshape(-1),
+        ignore_index,
+        options.logit_scale,
+        options.softcap,
+        options.compute_dtype,
+        plan.scratch_bytes,
+        _KEEP_ALL if plan.keep_logit_grads is True else int(plan.keep_logit_grads),
+        list(needs_of(hidden, weight, bias)),
+    )[0]
+    return logps.view(targets.shape)
+
+
+def _options(
+    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, scratch_bytes: int | None, keep: int
+) -> HeadOptions:
+    plan = Plan(scratch_bytes=scratch_bytes, keep_logit_grads=True if keep == _KEEP_ALL else keep)
+    return HeadOptions(logit_scale, softcap, compute_dtype, plan)

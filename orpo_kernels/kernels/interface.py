@@ -1,0 +1,74 @@
+"""What both backends take and return.
+
+A backend is a module with two functions:
+
+    forward(tokens, head, schedule, want_u, keep_rows) -> Forward
+    weight_gradient(tokens, head, coefficient, saved, schedule, want_weight, want_bias) -> (dW, db)
+
+Both speak of *competitors*, the vocabulary entries other than the target: with `z = f(W h + b)`,
+
+    L    = logsumexp over v != y of z_v
+    gap  = L - z_y                  logp = -softplus(gap),  s = sigmoid(gap) = 1 - p(y)
+    q    = softmax over v != y      (0 at y)
+    u    = ((onehot(y) - q) * f') W          dlogp/dh = s * u
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """The scored tokens.
+
+    hidden: [R, D], any strides, its own dtype (cast to the head's compute dtype chunk by chunk).
+    rows: [N] int64, the row of `hidden` that predicts each token; None when N == R and they correspond.
+    targets: [N] int64 in [0, V).
+    """
+
+    hidden: Tensor
+    rows: Tensor | None
+    targets: Tensor
+
+
+class Head(NamedTuple):
+    """What turns a hidden row into logits: z = cap * tanh(x / cap) with x = logit_scale * (W h + b).
+
+    weight: [V, D]; bias: [V] or None. compute_dtype is what the operands of every product are rounded to
+    (autocast's, or the common dtype of the inputs); sums are carried in `accumulation_dtype`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    compute_dtype: torch.dtype
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+
+class Kept(NamedTuple):
+    """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
+
+    values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0.
+    reference: [K, G] accumulation dtype: column g is the reference of the g-th group of `columns` entries.
+    columns: the width of a group.
+    """
+
+    values: Tensor
+    reference: Tensor
+    columns: int
+
+
+class Forward(NamedTuple):
+    """gap, lse: [N] accumulation dtype (`gap` and `L` above); u: [N, D] compute dtype, or None."""
+
+    gap: Tensor
+    lse: Tensor
+    u: Tensor | None
+    kept: Kept | None

