@@ -1,10 +1,10 @@
 """From tokenised pairs to one padded batch: chosen rows first, rejected second.
 
-Masks go by position, never by token id: where the padding token is the EOS token, the true end of an answer is
-scored and padding is not, and token 0 is a token like any other.
+Masks go by position, never by token id: where the padding token is the EOS token, the true end of an answer
+is scored and padding is not, and token 0 is a token like any other.
 
-`targets` are aligned with the model's hidden states: position t holds the token at t + 1, which is what the hidden
-state at t predicts, if that token is to be scored, and -100 otherwise.
+`targets` are aligned with the model's hidden states: position t holds the token at t + 1, the one that the
+hidden state at t predicts, if that token is to be scored, and -100 otherwise.
 
     ids          p0   p1   c0   c1   eos  pad          p prompt, c completion
     targets     -100  c0   c1   eos -100 -100          completion tokens
@@ -18,38 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from orpo_kernels.linear_logps import shift_labels
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Turn labels aligned with the input ids (as Hugging Face models take them) into aligned targets.
-
-    `targets[..., t] = labels[..., t + 1]`; the last position has nothing to predict and gets `ignore_index`.
-
-    Args:
-        labels: `[..., T]`, any integer dtype; not changed.
-        ignore_index: the value of positions that are not scored.
-
-    Raises:
-        ValueError: `labels` has no dimension to shift along.
-    """
-    if labels.dim() == 0:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: shift_labels needs [..., T]")
-    targets = torch.full_like(labels, ignore_index)
-    targets[..., :-1] = labels[..., 1:]
-    return targets
 
 
 class PreferenceCollator:
     """Pads B tokenised pairs (rows of `data.tokenize_pair`) on the right into one batch of 2B rows.
 
     Args:
-        tokenizer: gives the padding id: its pad token, without one its EOS token, without either 0. Any id will do,
-            since padding is masked by position. The tokenizer is neither kept nor changed.
+        tokenizer: gives the padding id: its pad token, without one its EOS token, without either 0. Any id
+            will do, since padding is masked by position. The tokenizer is neither kept nor changed.
         padding_value: a padding id to use instead.
         pad_to_multiple_of: round the length T up to a multiple of this.
-        nll_over: tokens of the chosen sequence in `nll_targets`: "prompt+chosen" or "chosen" (its completion only).
+        nll_over: which tokens of the chosen sequence are in `nll_targets`: "prompt+chosen", or "chosen" for
+            its completion only.
 
     Raises:
         ValueError: an argument has none of these values.
@@ -66,7 +50,7 @@ class PreferenceCollator:
         if nll_over not in ("prompt+chosen", "chosen"):
             raise ValueError(f"nll_over={nll_over!r}: use 'prompt+chosen' or 'chosen'")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: use a positive int, or None for no rounding")
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: use a positive int or None")
         candidates = (padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.padding_value = next(value for value in candidates if value is not None)
         self.pad_to_multiple_of = pad_to_multiple_of or 1
@@ -83,25 +67,14 @@ class PreferenceCollator:
         """
         if not rows:
             raise ValueError("the batch has no rows: a collator needs at least one pair")
-        try:
-            sides = [
-                (torch.as_tensor(row[f"{side}_input_ids"], dtype=torch.int64), int(row[f"{side}_prompt_length"]))
-                for side in ("chosen", "rejected")
-                for row in rows
-            ]
-        except KeyError as error:
-            raise ValueError(
-                f"a row has no {error}, only {sorted(rows[0])}: tokenise the data set with prepare_dataset first (and "
-                "keep the trainer from removing its columns: remove_unused_columns=False)"
-            ) from None
-
+        sequences = [_sequence(row, side) for side in ("chosen", "rejected") for row in rows]
         multiple = self.pad_to_multiple_of
-        longest = max(1, *(len(ids) for ids, _ in sides))
-        shape = (len(sides), -(-longest // multiple) * multiple)  # [2B, T]
+        longest = max(1, *(len(ids) for ids, _ in sequences))
+        shape = (len(sequences), -(-longest // multiple) * multiple)  # [2B, T]
         input_ids = torch.full(shape, self.padding_value, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, -100, dtype=torch.int64)
-        for index, (ids, prompt_length) in enumerate(sides):
+        for index, (ids, prompt_length) in enumerate(sequences):
             input_ids[index, : len(ids)] = ids
             attention_mask[index, : len(ids)] = 1
             labels[index, prompt_length : len(ids)] = ids[prompt_length:]
@@ -116,3 +89,15 @@ class PreferenceCollator:
             "targets": shift_labels(labels),
             "nll_targets": shift_labels(nll_labels),
         }
+
+
+def _sequence(row: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
+    """One side's ids, prompt + completion, and the length of its prompt."""
+    try:
+        ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+    except KeyError as error:
+        raise ValueError(
+            f"a row has no {error}, only {sorted(row)}: tokenise the data set with prepare_dataset, and set "
+            "remove_unused_columns=False so that the trainer keeps its columns"
+        ) from None
+    return torch.as_tensor(ids, dtype=torch.int64), int(prompt_length)

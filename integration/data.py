@@ -3,30 +3,31 @@
 A pair goes through three steps, each a function of its own:
 
 1. `normalize_example` brings every accepted shape to `prompt`, `chosen`, `rejected`.
-2. `tokenize_pair` tokenises prompt and completion as ONE text, as the model will see it. A tokenizer may merge
-   characters across the boundary ("The answer is " + "46" has the token " 46"), so the prompt's tokens are not
-   those of the prompt alone, and may differ between the two sides. Where the boundary falls is asked of the
-   characters: the completion starts with the first token that reaches beyond the prompt's text. Each side
-   therefore keeps its whole ids and the length of its prompt in them.
-3. `truncate_pair` shortens a pair without ever emptying a completion. With prompts of P tokens, completions of
-   C and maximum M, the prompt may keep max(M - longest C, M // 2) tokens and loses the rest from its start (a
-   leading BOS token stays); then a completion that is still too long loses its end:
+2. `tokenize_pair` tokenises prompt and completion as ONE text, as the model will see it. A tokenizer may
+   merge characters across the boundary ("The answer is " + "46" may hold the token " 46"), so the prompt's
+   tokens are not those of the prompt alone, and can differ between the two sides. Where the boundary falls is
+   asked of the characters: the completion starts with the first token that reaches beyond the prompt's text.
+   Each side therefore keeps its whole ids and the length of its prompt in them.
+3. `truncate_pair` shortens a pair without ever emptying a completion. With prompts of P tokens, completions
+   of C and R and maximum M, the prompt may keep max(M - max(C, R), M // 2) tokens and loses the rest from its
+   start (a leading BOS token stays); then a completion that is still too long loses its end:
 
-       P=40,  C=10         M=32    ->  prompt 22, completion 10
-       P=200, C=1000       M=1024  ->  prompt 200, completion 824
-       P=200, C=2000, R=500         ->  prompt 200, completions 824 and 500
+       P=40,  C=10,   R=5    M=32    ->  prompt 22, completions 10 and 5
+       P=200, C=1000, R=500  M=1024  ->  prompt 200, completions 824 and 500
+       P=900, C=1000, R=10   M=1024  ->  prompt 512, completions 512 and 10
 
-   So the prompt gives way first, but never more than half of M to a long completion.
+   So the prompt gives way first, but keeps up to half of M against a long completion.
 
-`prepare_dataset` applies them to a whole data set and returns a `DataSummary` of what happened. Rows hold plain
-lists of ids, the least that padded, packed and shared-prefix batches can all be made of without tokenising again.
+`prepare_dataset` applies them to a whole data set and returns a `DataSummary` of what happened. Rows hold
+plain lists of ids, all that padded, packed and shared-prefix batches need, so a batch layout never tokenises
+again.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,7 @@ TOKENIZED_COLUMNS = (
 _REQUIRED_COLUMNS = TOKENIZED_COLUMNS[:4]
 _SIDES = ("chosen", "rejected")
 
-ACCEPTED_SHAPES = """accepted shapes (a message is {role, content} or {from, value}; other columns are ignored):
+ACCEPTED_SHAPES = """accepted shapes (a message: {role, content} or {from, value}; other columns are ignored):
   {prompt, chosen, rejected}         strings
   {prompt, chosen, rejected}         prompt: string or messages; chosen, rejected: string, message or messages
   {chosen, rejected}                 messages; the turns both start with are the prompt
@@ -75,10 +76,10 @@ Turn = dict[str, Any]
 def normalize_example(example: Mapping[str, Any]) -> dict[str, Any]:
     """Bring one row of any accepted shape to `{"prompt", "chosen", "rejected"}`.
 
-    All three are strings if the row held strings only, else lists of `{"role", "content"}` turns: a string prompt
-    becomes a user turn, a string answer an assistant turn. Where `chosen` and `rejected` are whole conversations,
-    the turns they share are the prompt and at least one turn of each is left as the completion; a `prompt` beside
-    them is redundant then, and must agree with them.
+    All three are strings if the row held strings only, else lists of `{"role", "content"}` turns: a string
+    prompt becomes a user turn, a string answer an assistant turn. Where `chosen` and `rejected` are whole
+    conversations, the turns they share are the prompt, and at least one turn of each is left as the
+    completion; a `prompt` beside them is redundant then, and must agree with them.
 
     Raises:
         ValueError: the row has none of the accepted shapes; the message names its keys, their types, and the
@@ -97,6 +98,7 @@ class _ShapeError(ValueError):
 
 
 def _split(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected: three strings or three lists of turns."""
     prompt, chosen, rejected = (example.get(key) for key in ("prompt", *_SIDES))
     for side, value in zip(_SIDES, (chosen, rejected), strict=True):
         if value is None:
@@ -106,7 +108,7 @@ def _split(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
     if example.get("conversations") is not None:
         if prompt is not None:
-            raise _ShapeError("both 'prompt' and 'conversations' are given: remove the column that is not meant")
+            raise _ShapeError("both 'prompt' and 'conversations' are given: remove one of them")
         prompt = _turns(example["conversations"], "conversations", role="user")
         system = example.get("system")
         if system:
@@ -125,7 +127,7 @@ def _split(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         elif prompt is not None:
             prompt_turns = _turns(prompt, "prompt", role="user")
             if any(turns[: len(prompt_turns)] != prompt_turns for turns in answers):
-                raise _ShapeError("'chosen' and 'rejected' hold more than assistant turns, yet do not start with 'prompt'")
+                raise _ShapeError("the conversations 'chosen' and 'rejected' do not start with 'prompt'")
         answers = [turns[len(prompt_turns) :] for turns in answers]
 
     for side, turns in zip(_SIDES, answers, strict=True):
@@ -134,10 +136,10 @@ def _split(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         foreign = [turn["role"] for turn in turns if turn["role"] != "assistant"]
         if foreign:
             raise _ShapeError(
-                f"{side!r} has a {foreign[0]!r} turn after the prompt, and its tokens would be trained as the "
-                "model's own: let the answers differ in assistant turns only"
+                f"{side!r} has a {foreign[0]!r} turn after the prompt, which would be trained as the model's "
+                "own words: let the answers differ in assistant turns only"
             )
-    return prompt_turns, *answers
+    return prompt_turns, answers[0], answers[1]
 
 
 def _turns(value: Any, column: str, role: str) -> list[Turn]:
@@ -159,25 +161,33 @@ def _turn(turn: Any, column: str) -> Turn:
     if "from" in turn and "role" not in turn:
         sender = turn.pop("from")
         if sender not in _ROLES_OF_FROM:
-            raise _ShapeError(f"{column!r} has a turn from {sender!r}: use one of {', '.join(_ROLES_OF_FROM)}")
+            known = ", ".join(_ROLES_OF_FROM)
+            raise _ShapeError(f"{column!r} has a turn from {sender!r}: use one of {known}")
         turn = {"role": _ROLES_OF_FROM[sender], "content": turn.pop("value", None), **turn}
     if not isinstance(turn.get("role"), str):
         raise _ShapeError(f"{column!r} has {_kind(turn)}, which lacks a role (or from)")
-    if not isinstance(turn.get("content"), str) and "tool_calls" not in turn:
+    content = turn.get("content")
+    if not isinstance(content, str) and "tool_calls" not in turn:
         raise _ShapeError(
-            f"{column!r} has a {turn['role']!r} turn whose content is {_kind(turn.get('content'))}, not a string"
+            f"{column!r} has a {turn['role']!r} turn with {_kind(content)} content, not a string"
         )
     return turn
 
 
 def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> list[Turn]:
-    most = min(len(chosen), len(rejected)) - 1  # equal conversations: the last turn is the answer
-    shared = 0
-    while shared < most and chosen[shared] == rejected[shared]:
-        shared += 1
+    most = min(len(chosen), len(rejected)) - 1  # where all turns are equal, the last is the answer
+    shared = min(_shared_length(chosen, rejected), most)
     if shared == 0:
-        raise _ShapeError("'chosen' and 'rejected' hold whole conversations but do not start with the same turn")
+        raise _ShapeError("'chosen' and 'rejected' are conversations that do not start with the same turn")
     return chosen[:shared]
+
+
+def _shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Length of the longest common beginning."""
+    if second[: len(first)] == first:
+        return len(first)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _check_redundant(prompt: str, turns: list[Turn]) -> None:
@@ -185,7 +195,7 @@ def _check_redundant(prompt: str, turns: list[Turn]) -> None:
     wanted = " ".join(prompt.split())
     contents = [" ".join(turn["content"].split()) for turn in turns if turn.get("content")]
     if not any(wanted in content or content in wanted for content in contents):
-        raise _ShapeError("'prompt' does not occur in the turns that 'chosen' and 'rejected' share: remove one of the two")
+        raise _ShapeError("'prompt' is in none of the turns that 'chosen' and 'rejected' share: remove one")
 
 
 def _kind(value: Any) -> str:
@@ -204,19 +214,19 @@ def _kind(value: Any) -> str:
 def tokenize_pair(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = 1024
 ) -> dict[str, Any]:
-    """Tokenise one preference row and truncate it to `max_length` tokens a side.
+    """Tokenise one preference row and truncate both sides to `max_length` tokens.
 
-    Strings: the tokenizer's own leading special tokens (BOS, if it adds one) go before the prompt unless the text
-    starts with them, and the EOS token after each completion unless it ends with it. Messages: the chat template
-    owns all special tokens, the one that ends an answer included; `tools` and `chat_template_kwargs` columns are
-    handed to it. An empty answer is allowed and leaves what ends it: the EOS token, the template's end of turn,
-    or nothing for a tokenizer without EOS.
+    Strings: the special tokens that this tokenizer puts first (BOS, if it adds one) go before the prompt
+    unless the text starts with them, and the EOS token after each completion unless it ends with it.
+    Messages: the chat template owns all special tokens, the one that ends an answer included; `tools` and
+    `chat_template_kwargs` columns are handed to it. An empty answer is allowed and leaves what ends it: the
+    EOS token, the template's end of turn, or nothing for a tokenizer without EOS.
 
     Args:
-        example: a row of any shape that `normalize_example` takes, or one already tokenised (it holds the first
-            four of `TOKENIZED_COLUMNS`), which is only truncated.
-        tokenizer: fast (boundaries from its character offsets) or slow (by comparison with the tokenised prompt).
-            It is not changed.
+        example: a row of any shape that `normalize_example` takes, or one already tokenised (it holds the
+            first four of `TOKENIZED_COLUMNS`), which is only truncated.
+        tokenizer: fast (boundaries from its character offsets) or slow (by comparison with the tokenised
+            prompt). It is not changed.
         max_length: most tokens of prompt + completion; None keeps everything.
 
     Returns:
@@ -226,6 +236,8 @@ def tokenize_pair(
         ValueError: the row's shape, `max_length` < 2, or messages without a usable chat template.
     """
     _check_max_length(max_length)
+    if not isinstance(example, Mapping):
+        raise ValueError(f"the row is a {type(example).__name__}, not a dict; {ACCEPTED_SHAPES}")
     row: dict[str, Any] = {}
     if all(column in example for column in _REQUIRED_COLUMNS):
         for side in _SIDES:
@@ -249,11 +261,9 @@ def _tokenize_text(
     leading, eos = _leading_specials(tokenizer), tokenizer.eos_token_id
     texts = [pair["prompt"] + pair[side] for side in _SIDES]
     for ids, length in _encode(texts, [len(pair["prompt"])] * 2, tokenizer):
-        if eos is not None and (length == len(ids) or ids[-1] != eos):  # the prompt's own EOS does not count
-            ids = [*ids, eos]
-        if leading and ids[: len(leading)] != leading:
-            ids, length = leading + ids, len(leading) + length
-        yield ids, length
+        before = [] if ids[: len(leading)] == leading else leading
+        ended = eos is None or (length < len(ids) and ids[-1] == eos)  # an EOS of the prompt does not count
+        yield before + ids + ([] if ended else [eos]), len(before) + length
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -284,17 +294,17 @@ def _tokenize_chat(
     texts = [render(pair["prompt"] + pair[side], add_generation_prompt=False) for side in _SIDES]
     boundaries = []
     for text in texts:
-        boundary = len(os.path.commonprefix([prompt, text]))
+        boundary = _shared_length(prompt, text)
         if boundary < len(prompt):
-            # Some templates open the answer otherwise than they render a given one (an empty thinking block,
-            # say); then the prompt is what both have. But the conversation itself must be in it.
+            # Some templates open the answer otherwise than they render a given one (a thinking block, say);
+            # then the prompt is what both have. But the conversation itself must be in it.
             turns = render(pair["prompt"], add_generation_prompt=False)
-            if boundary < len(os.path.commonprefix([prompt, turns])):
+            if boundary < _shared_length(prompt, turns):
+                part = slice(boundary, boundary + 40)
                 raise ValueError(
-                    "this tokenizer's chat_template renders the prompt's turns otherwise once an answer follows "
-                    f"(alone: ...{prompt[boundary : boundary + 40]!r}, with an answer: "
-                    f"...{text[boundary : boundary + 40]!r}), so the answer's start cannot be told: use a "
-                    "template that only appends, or give prompt, chosen and rejected as rendered strings"
+                    "this tokenizer's chat_template renders the prompt's turns otherwise once an answer "
+                    f"follows: {text[part]!r} instead of {prompt[part]!r}, so it is unknown where the answer "
+                    "starts. Use a template that only appends, or give the row as rendered strings"
                 )
         boundaries.append(boundary)
     yield from _encode(texts, boundaries, tokenizer)
@@ -303,13 +313,12 @@ def _tokenize_chat(
 def _encode(
     texts: list[str], boundaries: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], int]]:
-    """For each text, its ids without added special tokens and how many of them end within `boundary` characters."""
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False
-    )
+    """For each text: its ids, no special tokens added, and how many of them end within the boundary."""
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     for index, (text, boundary) in enumerate(zip(texts, boundaries, strict=True)):
         ids = encoded["input_ids"][index]
-        if tokenizer.is_fast:
+        if fast:
             ends = (end for _, end in encoded["offset_mapping"][index])
             length = next((token for token, end in enumerate(ends) if end > boundary), len(ids))
         else:
@@ -321,12 +330,10 @@ def _encode(
 def _prompt_length_by_text(ids: list[int], prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of `ids` hold text of the prompt only, for tokenizers that report no offsets.
 
-    Equal leading ids do. Where the prompt's last tokens came out otherwise in the full text, tokens still belong
-    to it as long as their text, decoded, is the beginning of the prompt's.
+    Equal leading ids do. Where the prompt's last tokens came out otherwise in the full text, tokens still
+    belong to it as long as their text, decoded, is the beginning of the prompt's.
     """
-    length = 0
-    while length < min(len(ids), len(prompt_ids)) and ids[length] == prompt_ids[length]:
-        length += 1
+    length = _shared_length(ids, prompt_ids)
     if length == len(prompt_ids):
         return length
     decode: Callable[..., Any] = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
@@ -335,7 +342,7 @@ def _prompt_length_by_text(ids: list[int], prompt_ids: list[int], tokenizer: Pre
         text = decode(ids[:end])
         if prompt.startswith(text):
             length = end
-        elif len(text) > len(prompt) + 4:  # up to 4 marks stand for a character whose bytes are still incomplete
+        elif len(text) > len(prompt) + 4:  # an unfinished character decodes to up to 4 marks
             break
     return length
 
@@ -346,8 +353,8 @@ def _prompt_length_by_text(ids: list[int], prompt_ids: list[int], tokenizer: Pre
 def truncate_pair(row: Mapping[str, Any], max_length: int | None, bos_token_id: int | None) -> dict[str, Any]:
     """Return the row with both sides at most `max_length` tokens long, by the rule at the top of this module.
 
-    Both prompts lose the same tokens, so that what they share stays shared. A side that had prompt and completion
-    tokens keeps at least one of each. Cuts are added to those the row already counts.
+    Both prompts lose the same tokens, so that what they share stays shared. A side that had prompt and
+    completion tokens keeps at least one of each. Cuts are added to those the row already counts.
 
     Raises:
         ValueError: `max_length` < 2.
@@ -375,8 +382,8 @@ def truncate_pair(row: Mapping[str, Any], max_length: int | None, bos_token_id: 
 def _check_max_length(max_length: int | None) -> None:
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(
-            f"max_length={max_length!r}: use an int of at least 2 (a prompt and a completion token), or None for "
-            "no truncation"
+            f"max_length={max_length!r}: use an int of at least 2 (a prompt and a completion token), or None "
+            "for no truncation"
         )
 
 
@@ -418,43 +425,50 @@ class DataSummary:
 
     @property
     def padding_share(self) -> float:
-        """Share of a padded batch that is padding, from 0 to 1; an estimate, for batches are drawn otherwise."""
+        """Share of a padded batch that is padding, from 0 to 1. An estimate: training draws other batches."""
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], max_length: int | None, batch_size: int) -> DataSummary:
-        """Count over tokenised rows, unusable ones included."""
-        dropped = tokens = scored = prompts = completions = overlong = padded = 0
+    def from_rows(
+        cls, rows: Iterable[Mapping[str, Any]], max_length: int | None, batch_size: int
+    ) -> DataSummary:
+        """Count over tokenised rows, those to be dropped included."""
+        count: Counter[str] = Counter()
         lengths: list[int] = []
         for row in rows:
-            row_scored = _scored_tokens(row)
-            if not row_scored:
-                dropped += 1
+            if not _usable(row):
+                count["dropped"] += 1
                 continue
-            prompt = max(row[f"{side}_prompt_length"] for side in _SIDES)
-            tokens += sum(len(row[f"{side}_input_ids"]) for side in _SIDES)
-            scored += row_scored
-            prompts += row["prompt_cut"] > 0
-            completions += sum(row[f"{side}_cut"] > 0 for side in _SIDES)
-            overlong += max_length is not None and prompt + row["prompt_cut"] > max_length
             lengths.append(row["length"])
-        for start in range(0, len(lengths), batch_size):
-            batch = lengths[start : start + batch_size]
-            padded += 2 * len(batch) * max(batch)
+            count["tokens"] += sum(len(row[f"{side}_input_ids"]) for side in _SIDES)
+            count["scored_tokens"] += _scored_tokens(row)
+            count["truncated_prompts"] += row["prompt_cut"] > 0
+            count["truncated_completions"] += sum(row[f"{side}_cut"] > 0 for side in _SIDES)
+            if max_length is not None:
+                prompt = max(row[f"{side}_prompt_length"] for side in _SIDES) + row["prompt_cut"]
+                count["overlong_prompts"] += prompt > max_length
+        batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
         return cls(
-            len(lengths), dropped, tokens, scored, prompts, completions, overlong, padded, max_length, batch_size
+            pairs=len(lengths),
+            dropped=count["dropped"],
+            tokens=count["tokens"],
+            scored_tokens=count["scored_tokens"],
+            truncated_prompts=count["truncated_prompts"],
+            truncated_completions=count["truncated_completions"],
+            overlong_prompts=count["overlong_prompts"],
+            padded_tokens=sum(2 * len(batch) * max(batch) for batch in batches),
+            max_length=max_length,
+            batch_size=batch_size,
         )
 
     def __str__(self) -> str:
-        return "\n".join(
-            (
-                f"{self.pairs:,} pairs, {self.tokens:,} tokens, {self.scored_share:.1%} of them scored",
-                f"prompts cut at their start: {self.truncated_prompts:,} of {self.pairs:,} "
-                f"({self.overlong_prompts:,} longer than max_length={self.max_length} by themselves)",
-                f"completions cut at their end: {self.truncated_completions:,} of {2 * self.pairs:,}",
-                f"rows dropped for want of a completion: {self.dropped:,}",
-                f"padding: about {self.padding_share:.0%} of a batch of {self.batch_size} pairs",
-            )
+        return (
+            f"{self.pairs:,} pairs, {self.tokens:,} tokens, {self.scored_share:.1%} of them scored\n"
+            f"max_length={self.max_length}: {self.truncated_prompts:,} of {self.pairs:,} prompts cut at "
+            f"their start ({self.overlong_prompts:,} were longer by themselves), "
+            f"{self.truncated_completions:,} of {2 * self.pairs:,} completions cut at their end\n"
+            f"{self.dropped:,} rows dropped because no completion token was left to score\n"
+            f"about {self.padding_share:.0%} padding in batches of {self.batch_size} pairs"
         )
 
 
@@ -485,7 +499,8 @@ def prepare_dataset(
     dict of name to any of these                dict with the same names                dict, same names
     ==========================================  ======================================  ===================
 
-    Rows without a completion token to score on either side are left out: counted in the summary, with a warning.
+    Rows without a completion token to score on either side are left out, with a warning, and counted in the
+    summary.
 
     Args:
         dataset: see the table.
@@ -505,20 +520,20 @@ def prepare_dataset(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: use at least 1")
     if isinstance(dataset, Mapping):
-        both = {
-            name: prepare_dataset(
+        parts, summaries = {}, {}
+        for name, part in dataset.items():
+            parts[name], summaries[name] = prepare_dataset(
                 part, tokenizer, max_length, dataset_num_proc=dataset_num_proc, batch_size=batch_size
             )
-            for name, part in dataset.items()
-        }
-        return {name: part for name, (part, _) in both.items()}, {name: made for name, (_, made) in both.items()}
+        return parts, summaries
 
     tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length)
     # Whoever holds one of its data sets has imported the package, so it need not be installed here.
     package = sys.modules.get("datasets")
+    rows: Any
     if package is not None and isinstance(dataset, package.IterableDataset):
         rows = dataset.map(tokenize, with_indices=True).select_columns(list(TOKENIZED_COLUMNS))
-        return rows.filter(_usable), None
+        return rows.filter(_usable_or_warn), None
     if package is not None and isinstance(dataset, package.Dataset):
         rows = dataset.map(
             tokenize,
@@ -529,16 +544,16 @@ def prepare_dataset(
         )
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
-            rows = rows.filter(_scored_tokens)
+            rows = rows.filter(_usable)
     elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset):
         return _LazyPairs(dataset, tokenize), None
     else:
         rows = [tokenize(dataset[index], index) for index in range(len(dataset))]
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
-            rows = [row for row in rows if _scored_tokens(row)]
+            rows = list(filter(_usable, rows))
     if summary.dropped:
-        warnings.warn(_unusable(f"{summary.dropped} of {summary.dropped + summary.pairs} rows"), stacklevel=2)
+        warnings.warn(_left_out(f"{summary.dropped} of {summary.dropped + summary.pairs} rows"), stacklevel=2)
     return rows, summary
 
 
@@ -553,25 +568,32 @@ def _tokenize_indexed(
 
 def _indexable(dataset: Any) -> bool:
     """True for what has a length and items; False for what can be iterated over again and again."""
-    if isinstance(dataset, (str, bytes)) or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
-        raise TypeError(f"dataset is a {type(dataset).__name__}: use a list of dicts, a data set, or a dict of them")
+    kind = type(dataset).__name__
     if isinstance(dataset, Iterator):
         raise TypeError(
-            f"dataset is a {type(dataset).__name__}, which can be read only once: use a list, or a data set whose "
-            "__iter__ starts anew"
+            f"dataset is a {kind}, which can be read only once: use a list, or a data set that can be read "
+            "again"
         )
-    return isinstance(dataset, (Sequence, torch.utils.data.Dataset))
+    if isinstance(dataset, (Sequence, torch.utils.data.Dataset)) and not isinstance(dataset, (str, bytes)):
+        return True
+    if isinstance(dataset, (str, bytes)) or not isinstance(dataset, Iterable):
+        raise TypeError(f"dataset is a {kind}: use a list of dicts, a data set, or a dict of them")
+    return False
 
 
 def _usable(row: Mapping[str, Any]) -> bool:
-    """Whether a streamed row has something to score; says so once where it does not."""
-    usable = _scored_tokens(row) > 0
-    if not usable:
-        warnings.warn(_unusable("a row of the stream"), stacklevel=2)
-    return usable
+    return _scored_tokens(row) > 0
 
 
-def _unusable(what: str) -> str:
+def _usable_or_warn(row: Mapping[str, Any]) -> bool:
+    """`_usable` for streams, which have no summary to count in."""
+    if not _usable(row):
+        warnings.warn(_left_out("a row of the stream"), stacklevel=2)
+        return False
+    return True
+
+
+def _left_out(what: str) -> str:
     return f"{what} left out: neither side has a completion token to score"
 
 
@@ -584,7 +606,7 @@ class _LazyPairs(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = (self.tokenize(example, index) for index, example in enumerate(self.dataset))
-        return filter(_usable, rows)
+        return filter(_usable_or_warn, rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to a data set that reshuffles by it."""

@@ -1,7 +1,27 @@
-"""Exact ORPO and sequence log-probabilities without materialising the logits."""
+"""Exact ORPO and sequence log-probabilities without materialising the logits.
+
+    linear_logps   log-probabilities of target tokens from hidden states and the head's weight
+    orpo_loss      the ORPO loss on top of it; `OrpoLoss` is the same as a module
+    Plan           how much memory a call may use
+
+Trainers and the way into a model's own head are in `orpo_kernels.integration`.
+"""
 
 from orpo_kernels.linear_logps import linear_logps, shift_labels
-from orpo_kernels.plan import Plan
+from orpo_kernels.loss import OrpoLoss, orpo_loss
+from orpo_kernels.objective import OrpoOutput
+from orpo_kernels.plan import Plan, Schedule
+from orpo_kernels.presets import PRESETS, Preset
 
-__all__ = ["Plan", "linear_logps", "shift_labels"]
+__all__ = [
+    "PRESETS",
+    "OrpoLoss",
+    "OrpoOutput",
+    "Plan",
+    "Preset",
+    "Schedule",
+    "linear_logps",
+    "orpo_loss",
+    "shift_labels",
+]
 __version__ = "0.1.0"

@@ -172,9 +172,14 @@ def _check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None
         )
 
 
-def shift_labels(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Targets aligned with hidden states from unshifted labels [..., T]: targets[t] = labels[t + 1].
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Targets aligned with hidden states from labels aligned with the inputs, as Hugging Face models take them.
 
-    The last place predicts nothing and gets `ignore_index`.
+    labels: [..., T] integers, not changed. Returns [..., T]: `targets[t] = labels[t + 1]`; the last place
+    predicts nothing and gets `ignore_index`.
+
+    Raises ValueError where there is no dimension to shift along.
     """
+    if labels.dim() == 0:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: shift_labels needs [..., T]")
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], dim=-1)

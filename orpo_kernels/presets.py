@@ -18,10 +18,11 @@ preset                NLL over                            NLL mean           bet
 The paper's code calls the weight `alpha`. LLaMA-Factory's `pref_ftx` adds that many further NLL terms:
 `dataclasses.replace(get_preset("llama_factory"), nll_weight=1 + pref_ftx)`.
 
-Three habits of the originals are not reproduced, because they change which tokens are scored or how a result is
-rounded, not the objective: xfactlab/orpo counts the first padding token after an answer in its log-prob, drops
-every token equal to the padding token (the true end of sequence too) from its NLL, and rounds the final loss to
-bf16. LLaMA-Factory's `ld_alpha` (off by default) reweights tokens before the mean and has no counterpart here.
+Three habits of the originals are not reproduced, because they change which tokens are scored or how a result
+is rounded, not the objective: xfactlab/orpo counts the first padding token after an answer in its log-prob,
+drops every token equal to the padding token (the true end of sequence too) from its NLL, and rounds the final
+loss to bf16. LLaMA-Factory's `ld_alpha` (off by default) reweights tokens before the mean and has no
+counterpart here.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise ValueError, calling the value `name`, unless it is a finite number of at least 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value}: use a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,3 @@ def get_preset(preset: str | Preset | None) -> Preset:
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown: use one of {', '.join(map(repr, PRESETS))}")
     return PRESETS[preset]
-
-
-def check_weight(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number of at least 0; `name` is how the message calls it."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value}: use a finite number of at least 0")

@@ -1,0 +1,66 @@
+"""Metrics over examples rather than over batches.
+
+A batch leaves one row of numbers a pair: summed log-probs and token counts, all the objective needs. Metrics
+are the objective of all rows at once, so they do not depend on how the pairs were batched, and the pairs that a
+distributed sampler repeats can be dropped by the usual gathering.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.objective import orpo_from_sums
+from orpo_kernels.presets import Preset
+
+# completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected)
+_COLUMNS = 8
+
+
+def pair_rows(
+    logps: Tensor, targets: Tensor, nll_targets: Tensor | None, mean_logits: Tensor | None, ignore_index: int = -100
+) -> Tensor:
+    """One batch's rows, [B, 8] fp64 (fp32 where the device has no fp64), detached.
+
+    logps: [2B, T] log-probs of the merged targets; targets [2B, T]; nll_targets [B, T] or None for the chosen
+    part of targets; mean_logits [2B] or None.
+    """
+    logps = logps.detach().to(torch.float32 if logps.device.type == "mps" else torch.float64)
+    pairs = targets.shape[0] // 2
+    mask = targets != ignore_index
+    nll_mask = mask[:pairs] if nll_targets is None else nll_targets != ignore_index
+    sums = torch.where(mask, logps, 0.0).sum(-1)
+    counts = mask.sum(-1)
+    nll = torch.where(nll_mask, logps[:pairs], 0.0).sum(-1)
+    logits = torch.full_like(sums, torch.nan) if mean_logits is None else mean_logits
+    columns = (
+        sums[:pairs],
+        counts[:pairs],
+        sums[pairs:],
+        counts[pairs:],
+        nll,
+        nll_mask.sum(-1),
+        logits[:pairs],
+        logits[pairs:],
+    )
+    return torch.stack([column.to(logps) for column in columns], dim=1)
+
+
+def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, float]:
+    """TRL's metric names, and `loss`, over all of `rows` [n, 8]."""
+    table = rows.reshape(-1, _COLUMNS).cpu()
+    chosen, chosen_count, rejected, rejected_count, nll, nll_count, logits_chosen, logits_rejected = table.unbind(1)
+    output = orpo_from_sums(
+        torch.cat([chosen, rejected]),
+        torch.cat([chosen_count, rejected_count]),
+        nll,
+        nll_count,
+        beta=beta,
+        preset=preset,
+    )
+    known = {} if logits_chosen.isnan().any() else {
+        "logits_chosen": logits_chosen.mean(),
+        "logits_rejected": logits_rejected.mean(),
+    }
+    metrics = {"loss": output.loss, **output.metrics(**known)}
+    return {name: float(value) for name, value in metrics.items()}

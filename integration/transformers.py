@@ -1,0 +1,281 @@
+"""ORPO with transformers alone: a `Trainer` whose loss asks the model's head for log-probabilities.
+
+Everything is transformers' own (arguments, optimiser, checkpoints, distribution) except the loss, the
+preference collator and the metrics, which carry TRL's names. Metrics are taken over examples: they do not
+depend on the batch size, and nor does `eval_loss`.
+
+The training loss of one optimiser step is the mean over its micro-batches of each one's own loss, as in TRL
+(`loss_normalization="batch"`); with `"global"` the tokens and pairs of the whole step, over all processes, are
+counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs then give the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from orpo_kernels.loss import merge_targets, orpo_from_logps
+from orpo_kernels.objective import OrpoOutput
+from orpo_kernels.plan import Plan
+from orpo_kernels.presets import check_weight, get_preset
+
+from .collator import PreferenceCollator
+from .data import prepare_dataset
+from .lm_head import ModelLogps, attach, logger
+from .pair_table import pair_metrics, pair_rows
+
+__all__ = ["ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what ORPO adds; names and defaults as TRL's where it has them."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: the collator needs the tokenised columns."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt + completion in tokens; the prompt is cut from its start. None: no limit."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the odds-ratio term (the paper's lambda). Default: the preset's, 0.1 for trl."},
+    )
+    preset: str = field(
+        default="trl",
+        metadata={"help": "Whose objective to follow: trl (NLL on prompt + chosen), llama_factory or paper."},
+    )
+    loss_normalization: str = field(
+        default="batch",
+        metadata={
+            "help": "batch: mean over the micro-batches of an optimiser step, as TRL. global: divide by the tokens "
+            "and pairs of the whole step, over all processes."
+        },
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to 0."})
+    padding_value: int | None = field(
+        default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."}
+    )
+    scratch_bytes: int | None = field(
+        default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
+    )
+    keep_logit_grads_bytes: int = field(
+        default=0, metadata={"help": "Bytes to spend on keeping logit gradients, where the head trains: less work."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_normalization not in ("batch", "global"):
+            raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
+        if self.beta is None:
+            self.beta = get_preset(self.preset).beta
+        check_weight("beta", self.beta)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
+
+
+class ORPOTrainer(Trainer):
+    """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
+
+    model: a causal language model, a folder or name to load one from, or None with `model_init`.
+    args: `ORPOConfig`.
+    train_dataset, eval_dataset: rows of any shape that `data.tokenize_pair` takes, or already tokenised ones;
+        lists, datasets.Dataset, iterable ones; eval_dataset may be a dict of them.
+    processing_class: the tokenizer; by default the model's.
+    data_collator: by default `PreferenceCollator` with the preset's NLL.
+    peft_config: a PEFT configuration to wrap the model in.
+
+    `data_summary` holds what preparing the training data did (None for data without a length).
+
+    Raises ValueError for arguments that do not fit, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = ORPOConfig("orpo_output") if args is None else args
+        if not isinstance(args, ORPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: use orpo_kernels.integration.transformers.ORPOConfig")
+        self.preset = get_preset(args.preset)
+        if isinstance(model, str):
+            name = model
+            processing_class = processing_class or AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        if processing_class is None:
+            if model is None:
+                raise ValueError("processing_class is None: with model_init, give the tokenizer")
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        if model is not None:
+            model = _prepare_model(model, args, peft_config)
+        elif peft_config is not None:
+            raise ValueError("peft_config was given with model_init: wrap the model inside model_init instead")
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                processing_class,
+                padding_value=args.padding_value,
+                nll_over="chosen" if self.preset.nll_over == "chosen" else "prompt+chosen",
+            )
+        prepared, summaries = [], []
+        for dataset, batch_size in (
+            (train_dataset, args.per_device_train_batch_size),
+            (eval_dataset, args.per_device_eval_batch_size),
+        ):
+            rows, summary = (None, None) if dataset is None else prepare_dataset(
+                dataset, processing_class, args.max_length, dataset_num_proc=args.dataset_num_proc, batch_size=batch_size
+            )
+            prepared.append(rows)
+            summaries.append(summary)
+        self.data_summary, self.eval_data_summary = summaries
+        self._train_rows: list[Tensor] = []
+        self._eval_rows: list[Tensor] = []
+        self._logps: ModelLogps | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=prepared[0],
+            eval_dataset=prepared[1],
+            processing_class=processing_class,
+            model_init=model_init,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Whether Trainer divides the loss by the number of micro-batches hangs on this and on a count being given.
+        self.model_accepts_loss_kwargs = args.loss_normalization == "global"
+        self.label_names = ["targets"]
+        if self.data_summary is not None:
+            logger.info("training data: %s", self.data_summary)
+
+    def orpo(
+        self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | None = None
+    ) -> tuple[Tensor, OrpoOutput, Tensor, Any]:
+        """(loss, output, the pairs' rows for metrics, the model's outputs) of one batch.
+
+        counts: [2], the NLL tokens (or sequences) and valid pairs to divide by, in place of the batch's own.
+        """
+        inputs = dict(inputs)
+        targets, nll_targets = inputs.pop("targets"), inputs.pop("nll_targets", None)
+        if self.preset.nll_over == "chosen":
+            nll_targets = None
+        if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
+            self._logps = attach(self.model, self.args.plan)
+        logps, outputs = self._logps.logps(
+            merge_targets(targets, nll_targets),
+            model=model,
+            mean_logits_over=inputs["attention_mask"],
+            use_cache=False,
+            **inputs,
+        )
+        targets = targets.to(logps.device)
+        nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
+        output = orpo_from_logps(
+            logps,
+            targets,
+            nll_targets=nll_targets,
+            beta=self.args.beta,
+            preset=self.preset,
+            nll_normalizer=None if counts is None else counts[0],
+            pair_normalizer=None if counts is None else counts[1],
+        )
+        loss = output.loss
+        if counts is not None:
+            # DDP averages gradients over processes; the counts are already global.
+            loss = loss * self.accelerator.num_processes
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if isinstance(aux_loss, Tensor) and aux_loss.requires_grad | (not torch.is_grad_enabled()):
+            share = self.current_gradient_accumulation_steps if counts is not None else 1
+            loss = loss + self.model.config.router_aux_loss_coef * aux_loss.to(loss.device) / share
+        rows = pair_rows(logps, targets, nll_targets, outputs.get("mean_logits"))
+        return loss, output, rows, outputs
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, output, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
+        self._train_rows.append(self.accelerator.gather_for_metrics(rows))
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """What one optimiser step counts, over all processes: [2], NLL tokens (or sequences) and valid pairs."""
+        if self.args.loss_normalization != "global" or not batch_samples:
+            return None
+        counts = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            completion = (batch["targets"] != -100).sum(-1)
+            chosen, rejected = completion.chunk(2)
+            over_chosen = self.preset.nll_over == "chosen" or "nll_targets" not in batch
+            nll = chosen if over_chosen else (batch["nll_targets"] != -100).sum(-1)
+            nll_count = nll.sum() if self.preset.nll_mean == "tokens" else (nll > 0).sum()
+            counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
+        return self.accelerator.gather(counts).view(-1, 2).sum(0)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, _, rows, _ = self.orpo(model, inputs)
+        self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Transformers' loop, its loss (a mean of batch means) replaced by the objective of all pairs at once."""
+        self._eval_rows = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._metrics(self._eval_rows)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._train_rows:
+            metrics = self._metrics(self._train_rows)
+            self._train_rows = []
+            logs.update({name: value for name, value in metrics.items() if name != "loss"})
+        super().log(logs, start_time)
+
+    def _metrics(self, rows: list[Tensor]) -> dict[str, float]:
+        return pair_metrics(torch.cat(rows), beta=self.args.beta, preset=self.preset) if rows else {}
+
+
+def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    if peft_config is not None:
+        try:
+            from peft import PeftModel, get_peft_model
+        except ImportError as error:
+            raise ImportError("peft_config was given but peft is not installed: pip install 'peft>=0.18'") from error
+        if isinstance(model, PeftModel):
+            raise ValueError("peft_config was given with a model that has adapters already: give one or the other")
+        model = get_peft_model(model, peft_config)
+    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # With frozen embeddings nothing that enters a checkpoint would require a gradient.
+        model.enable_input_require_grads()
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+    return model

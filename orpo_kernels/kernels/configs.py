@@ -1,0 +1,119 @@
+"""Tile shapes: what a program computes, with how many warps, for which card.
+
+A tile of BC tokens by BV entries reads (BC + BV) D operands for BC BV D products, so it should be as large as the
+accumulators (BC BV fp32 numbers in the registers of its warps) and `num_stages` buffers of operands in
+shared memory allow. 128 x 256 is the largest that fits a 228 KiB multiprocessor. For small D the epilogue weighs
+more, and two programs of 128 x 128 on a multiprocessor hide each other's: one multiplies while the other takes
+exponentials. Products of fp32 operands run outside the tensor cores on NVIDIA cards, where every operand passes
+through registers, and take smaller tiles.
+
+Nothing here was tuned on a GPU; `benchmarks/kernel_resources.py --sweep` tells which of `candidates` compile to
+what. A shape is offered only where its buffers fit the card.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+KIB = 1 << 10
+# What one program may use, by compute capability.
+_CUDA_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+_SMALL_D = 1024
+_FEW_TOKENS = 64
+
+
+class Target(NamedTuple):
+    """A card: "cuda" and its compute capability times ten, or "hip" and its gfx name; shared memory in bytes."""
+
+    backend: str
+    arch: int | str
+    shared_memory: int
+
+
+class TileConfig(NamedTuple):
+    """Shape and launch options of a tile: BC tokens, BV entries, BD hidden entries a step.
+
+    group: blocks of tokens that go through a block of the vocabulary together.
+    """
+
+    block_c: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group: int = 16
+
+    def shared_memory(self, item: int) -> int:
+        """Bytes of shared memory: the operand buffers, or the tile itself on its way to wide stores."""
+        operands = self.num_stages * (self.block_c + self.block_v) * self.block_d * item
+        return max(operands, self.block_c * self.block_v * item)
+
+
+# A shape for the interpreter, which runs programs one after another on the host.
+INTERPRETER = TileConfig(32, 64, 32, 1, 1, 2)
+
+
+def cuda_target(capability: int) -> Target:
+    """The card of a compute capability, 90 for 9.0; an unknown one is taken to have the least shared memory."""
+    return Target("cuda", capability, _CUDA_SHARED.get(capability, 99) * KIB)
+
+
+def hip_target(arch: str) -> Target:
+    return Target("hip", arch, (160 if arch.startswith("gfx95") else 64) * KIB)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The card behind a device; None for the interpreter's."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return hip_target(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return cuda_target(10 * major + minor)
+
+
+def default(target: Target | None, dtype: torch.dtype, tokens: int, hidden_size: int) -> TileConfig:
+    """The tile for `tokens` rows of `hidden_size` numbers of compute dtype `dtype`.
+
+    The choice is the first of `candidates` that suits the problem: they are listed best first.
+    """
+    if target is None:
+        return INTERPRETER
+    block_c = 64 if tokens <= _FEW_TOKENS else 128
+    largest_v = 128 if hidden_size <= _SMALL_D else 256
+    fitting = candidates(target, dtype)
+    for config in fitting:
+        if config.block_c <= block_c and config.block_v <= largest_v:
+            return config
+    return fitting[-1]
+
+
+def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
+    """Shapes worth measuring on a card, best guess first."""
+    if dtype == torch.float32:
+        shapes = [
+            TileConfig(128, 64, 32, 8, 2),
+            TileConfig(64, 128, 32, 8, 2),
+            TileConfig(64, 64, 32, 4, 2),
+        ]
+    elif target.backend == "hip":
+        shapes = [
+            TileConfig(128, 256, 64, 8, 2),
+            TileConfig(128, 128, 64, 8, 2),
+            TileConfig(128, 128, 32, 4, 2),
+            TileConfig(64, 128, 64, 4, 2),
+        ]
+    else:
+        shapes = [
+            TileConfig(128, 256, 64, 8, 4),
+            TileConfig(128, 256, 64, 8, 3),
+            TileConfig(256, 128, 64, 8, 3),
+            TileConfig(128, 128, 64, 8, 3),
+            TileConfig(128, 128, 64, 4, 3),
+            TileConfig(64, 256, 64, 4, 3),
+            TileConfig(64, 128, 64, 4, 4),
+            TileConfig(64, 128, 64, 4, 3),
+        ]
+    return [s for s in shapes if s.shared_memory(dtype.itemsize) <= target.shared_memory]

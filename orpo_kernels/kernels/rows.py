@@ -1,0 +1,151 @@
+"""The kernels that work on a row at a time, before and after the tiles.
+
+    target_kernel    z_y = f(h . W[y] + b[y]) in fp32, its slope, and the first `base`
+    sum_kernel       S, and from it  gap = base - z_y + log(S 2^60)  and  L = z_y + gap
+    maximum_kernel   `base` of the rows that the slow lane takes
+    u_kernel         u = f'_y W[y] - (E W) / S, rounded once
+
+`base` is z_y, and `base - z_y` exactly 0, for every row but those of the slow lane.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from orpo_kernels.kernels.slow_lane import is_abnormal
+from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, hidden_rows, rounded, transformed
+
+
+@triton.jit
+def finite(x):
+    """0 in place of -inf: what to subtract where nothing competes, as -inf - -inf is NaN."""
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit(do_not_specialize=["C"])
+def target_kernel(
+    p_hidden,
+    p_rows,
+    p_weight,
+    p_bias,
+    p_targets,
+    p_z_y,  # [C] fp32
+    p_slope_y,  # [C] fp32
+    p_base,  # [C] fp32
+    stride_hr,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    C,
+    D,
+    logit_scale,
+    softcap,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    y = tl.load(p_targets + o_c, mask=m_c, other=0)
+    p_h = p_hidden + hidden_rows(p_rows, o_c, C)[:, None] * stride_hr  # [BC, 1]
+    p_w = p_weight + y[:, None] * stride_wv  # [BC, 1]
+    total = tl.zeros((BC, BD), dtype=tl.float32)
+    for d in range(0, D, BD):
+        o_d = d + tl.arange(0, BD)
+        m_d = m_c[:, None] & (o_d < D)[None, :]
+        o_d = o_d.to(tl.int64)[None, :]
+        h = tl.load(p_h + o_d * stride_hd, mask=m_d, other=0.0).to(tl.float32)
+        w = tl.load(p_w + o_d * stride_wd, mask=m_d, other=0.0).to(tl.float32)
+        total += h * w
+    x = tl.sum(total, 1)
+    if p_bias is not None:
+        x += tl.load(p_bias + y, mask=m_c, other=0.0).to(tl.float32)
+    z_y, slope_y = transformed(x, logit_scale, softcap)
+    tl.store(p_z_y + o_c, z_y, mask=m_c)
+    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope_y, mask=m_c)
+    tl.store(p_base + o_c, finite(z_y), mask=m_c)
+
+
+@triton.jit(do_not_specialize=["C", "n_v"])
+def sum_kernel(
+    p_partial,  # [n_v, C] fp32
+    p_base,
+    p_z_y,
+    p_sum,
+    p_gap,
+    p_lse,
+    C,
+    n_v,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    S = tl.zeros((BC,), dtype=tl.float32)
+    for v in range(0, n_v, BV):
+        o_v = v + tl.arange(0, BV)
+        p_s = p_partial + o_v.to(tl.int64)[:, None] * C + o_c[None, :]  # [BV, BC]
+        S += tl.sum(tl.load(p_s, mask=(o_v < n_v)[:, None] & m_c[None, :], other=0.0), 0)
+    base = tl.load(p_base + o_c, mask=m_c, other=0.0)
+    z_y = tl.load(p_z_y + o_c, mask=m_c, other=0.0)
+    # S 2^60 overflows for competitors of more than e^88; then the logarithm is large and cannot cancel.
+    log_sum = tl.where(S < 1.0, tl.log(S / SHIFT), tl.log(S) - LOG_SHIFT)
+    tl.store(p_sum + o_c, S, mask=m_c)
+    tl.store(p_gap + o_c, (base - z_y) + log_sum, mask=m_c)
+    tl.store(p_lse + o_c, base + log_sum, mask=m_c)
+
+
+@triton.jit(do_not_specialize=["C", "V", "n_v"])
+def maximum_kernel(
+    p_partial,  # [n_v, C] fp32
+    p_first_sum,
+    p_base,
+    C,
+    V,
+    n_v,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    m_slow = is_abnormal(tl.load(p_first_sum + o_c, mask=m_c, other=1.0), V) & m_c
+    if tl.max(m_slow.to(tl.int32), 0) == 0:
+        return
+    largest = tl.full((BC,), -float("inf"), dtype=tl.float32)
+    for v in range(0, n_v, BV):
+        o_v = v + tl.arange(0, BV)
+        p_m = p_partial + o_v.to(tl.int64)[:, None] * C + o_c[None, :]  # [BV, BC]
+        m = (o_v < n_v)[:, None] & m_slow[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(p_m, mask=m, other=-float("inf")), 0))
+    tl.store(p_base + o_c, finite(largest), mask=m_slow)
+
+
+@triton.jit(do_not_specialize=["C"])
+def u_kernel(
+    p_product,  # [C, D] fp32: E W
+    p_weight,
+    p_targets,
+    p_slope_y,
+    p_sum,
+    p_u,  # [C, D]; may be p_product
+    stride_wv,
+    stride_wd,
+    C,
+    D,
+    factor,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_c = o_c < C
+    m = m_c[:, None] & (o_d < D)[None, :]
+    y = tl.load(p_targets + o_c, mask=m_c, other=0)
+    slope_y = tl.load(p_slope_y + o_c, mask=m_c, other=0.0)
+    S = tl.load(p_sum + o_c, mask=m_c, other=1.0)
+    p_w = p_weight + y[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
+    w = tl.load(p_w, mask=m, other=0.0).to(tl.float32)
+    o = o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+    # Without competitors there is nothing to divide.
+    product = tl.load(p_product + o, mask=m, other=0.0) * tl.where(S == 0.0, 0.0, factor / S)[:, None]
+    tl.store(p_u + o, rounded(slope_y[:, None] * w - product, p_u.dtype.element_ty), mask=m)
