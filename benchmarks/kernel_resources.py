@@ -17,7 +17,9 @@ Exit status 1 if a kernel spills, needs more shared memory than there is, or mul
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,7 +27,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ from triton.runtime.driver import driver
 from orpo_kernels.kernels import configs, triton_path
 from orpo_kernels.kernels.configs import Target, TileConfig
 from orpo_kernels.kernels.interface import Head, Tokens
+from orpo_kernels.kernels.slow_lane import MAXIMA
+from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, SUMS
 from orpo_kernels.plan import Schedule
 
 TARGETS = {
@@ -48,7 +51,12 @@ TARGETS = {
 }
 # Llama 3's head, a small model's, and a handful of tokens: each kind of shape has its default tile.
 PROBLEMS = ((1024, 4096, 128256), (1024, 576, 49152), (32, 4096, 128256))
-TENSOR_CORE = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)[\w.]*")
+EPILOGUES = {
+    SUMS.value: "sums",
+    EXPONENTIALS.value: "exponentials",
+    GRADIENT.value: "gradient",
+    MAXIMA.value: "maxima",
+}
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -63,53 +71,46 @@ class Work(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel uses. spills: instructions; shared: bytes; widest: bits of a load and a store."""
+    """What a compiled kernel uses. stack, shared: bytes; widest: bits of a load and of a store."""
 
     registers: int
     stack: int
     spills: int
     shared: int
-    tensor_core: str
-    products: int
+    products: list[str]
     widest: tuple[int, int]
 
 
 class Compiled(NamedTuple):
-    """A kernel of a run: its name and variant, and its use of the target."""
-
     work: Work
     kernel: str
     usage: Usage
 
     @property
     def faults(self) -> list[str]:
-        multiplies = self.kernel.startswith(("tile", "slow"))
+        """What makes this kernel unfit for its target."""
+        on_tensor_cores = self.kernel.startswith(("tile", "slow")) and self.work.dtype == torch.bfloat16
         found = {
-            "spills": self.usage.spills > 0,
+            "spills": self.usage.spills or self.usage.stack,
             "shared memory": self.usage.shared > self.work.target.shared_memory,
-            "no tensor cores": multiplies and self.work.dtype == torch.bfloat16 and not self.usage.products,
+            "no tensor cores": on_tensor_cores and not self.usage.products,
         }
         return [fault for fault, is_so in found.items() if is_so]
 
 
 def works(target: Target, sweep: bool) -> Iterator[Work]:
-    """The runs that cover a target: every default tile, bf16 with and without what a head may have."""
+    """The runs that cover a target: its default tiles, with and without everything a head may have."""
     for dtype in (torch.bfloat16, torch.float32):
+        variants = (False, True) if dtype == torch.bfloat16 or sweep else (True,)
+        cases = {configs.default(target, dtype, n, d): (n, d, v) for n, d, v in reversed(PROBLEMS)}
         if sweep:
-            for config, full in itertools.product(configs.candidates(target, dtype), (False, True)):
-                yield Work(target, config, dtype, full, PROBLEMS[0])
-            continue
-        seen = set()
-        for tokens, hidden_size, vocab_size in PROBLEMS:
-            config = configs.default(target, dtype, tokens, hidden_size)
-            if config not in seen:
-                seen.add(config)
-                for full in (True,) if dtype == torch.float32 else (False, True):
-                    yield Work(target, config, dtype, full, (tokens, hidden_size, vocab_size))
+            cases = dict.fromkeys(configs.candidates(target, dtype), PROBLEMS[0])
+        for (config, problem), full in itertools.product(cases.items(), variants):
+            yield Work(target, config, dtype, full, problem)
 
 
-class _NoDriver:
-    """Stands in for a card: tells Triton what to compile for."""
+class _NoCard:
+    """Stands in for a driver: tells Triton what to compile for."""
 
     def __init__(self, target: Target) -> None:
         self.target = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
@@ -124,57 +125,135 @@ class _NoDriver:
         return 0
 
 
-def compile_all(work: Work) -> list[Compiled]:
-    """Every kernel that a forward with and without gradient and a weight gradient launch."""
+def compile_kernels(work: Work) -> list[Compiled]:
+    """Every kernel that a forward with gradient, one without, and a weight gradient launch."""
     n, d, v = work.problem
-    meta = partial(torch.empty, device="meta")
+    meta = functools.partial(torch.empty, device="meta")
     rows = meta(n, dtype=torch.int64) if work.full else None
-    tokens = Tokens(meta(n, d, dtype=work.dtype), rows, meta(n, dtype=torch.int64))
     bias = meta(v, dtype=work.dtype) if work.full else None
-    head = Head(meta(v, d, dtype=work.dtype), bias, 0.5 if work.full else 1.0, 30.0 if work.full else None, work.dtype)
+    scale, cap = (0.5, 30.0) if work.full else (1.0, None)
+    tokens = Tokens(meta(n, d, dtype=work.dtype), rows, meta(n, dtype=torch.int64))
+    head = Head(meta(v, d, dtype=work.dtype), bias, scale, cap, work.dtype)
     schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0)
-    wide = meta(n, dtype=torch.float32)
+    numbers = meta(n, dtype=torch.float32)
 
     launched: dict[str, Any] = {}
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
-        name = self.fn.__name__
-        epilogue = kwargs.get("EPILOGUE")
-        if epilogue is not None:
-            name += " " + EPILOGUES[epilogue.value] + ("" if name == "tile_kernel" or args[7] is not None else ", no tile")
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched[name] = compiled
+        launched[_kernel_name(self, args, kwargs)] = compiled
         return compiled
 
     triton.JITFunction.run = compile_only
-    driver.set_active(_NoDriver(work.target))
+    driver.set_active(_NoCard(work.target))
     try:
         for want_u in (False, True):
             triton_path.forward(tokens, head, schedule, want_u, config=work.config)
         triton_path.weight_gradient(
-            tokens, head, wide, wide, None, schedule, True, work.full, config=work.config
+            tokens, head, numbers, numbers, None, schedule, True, True, config=work.config
         )
     finally:
         triton.JITFunction.run = run
-    read = nvidia_usage if work.target.backend == "cuda" else amd_usage
-    return [Compiled(work, name, read(kernel)) for name, kernel in launched.items()]
+    usage = _nvidia_usage if work.target.backend == "cuda" else _amd_usage
+    return [Compiled(work, name, usage(kernel)) for name, kernel in launched.items()]
 
 
-EPILOGUES = {0: "sums", 1: "exponentials", 2: "gradient", 3: "maxima"}
+def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    if "EPILOGUE" not in kwargs:
+        return name
+    epilogue = EPILOGUES[kwargs["EPILOGUE"].value]
+    stores = args[kernel.arg_names.index("p_tile")] is not None
+    return f"{name} {epilogue if stores or epilogue != 'exponentials' else 'sums'}"
 
 
-def nvidia_usage(kernel: Any) -> Usage:
+def _nvidia_usage(kernel: Any) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     return Usage(
-        _largest(r"REG:(\d+)", resources),
-        _largest(r"STACK:(\d+)", resources),
+        int(_first(r"REG:(\d+)", resources)),
+        int(_first(r"STACK:(\d+)", resources)),
         len(re.findall(r"\b(?:STL|LDL)\b", code)),
         kernel.metadata.shared,
-        *_products(code),
-        (_width(code, r"\b(?:LDG|LDGSTS)\b[\w.]*?(?:\.(64|128|256))?\b[^.\w]"), _width(code, r"\bSTG\b[\w.]*")),
+        re.findall(r"\b(HGMMA|HMMA|UTCHMMA|OMMA|QMMA)\b", code),
+        (_widest(r"\b(?:LDG|LDGSTS)[\w.]*", code), _widest(r"\bSTG[\w.]*", code)),
     )
+
+
+def _amd_usage(kernel: Any) -> Usage:
+    code = kernel.asm["amdgcn"]
+    return Usage(
+        int(_first(r"\.vgpr_count:\s+(\d+)", code)),
+        int(_first(r"\.private_segment_fixed_size:\s+(\d+)", code)),
+        int(_first(r"\.vgpr_spill_count:\s+(\d+)", code)),
+        kernel.metadata.shared,
+        re.findall(r"\b(v_mfma)_", code),
+        (_widest(r"\b(?:buffer|global)_load_\w+", code), _widest(r"\b(?:buffer|global)_store_\w+", code)),
+    )
+
+
+def _widest(instruction: str, code: str) -> int:
+    """Bits of the widest access among instructions such as LDG.E.128 or buffer_load_dwordx4."""
+    widths = [0]
+    for found in re.findall(instruction, code):
+        amd = re.search(r"dword(?:x(\d))?", found)
+        nvidia = re.search(r"\.(64|128|256)\b", found)
+        widths.append(32 * int(amd[1] or 1) if amd else int(nvidia[1]) if nvidia else 32)
+    return max(widths)
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"nothing like {pattern} in the compiler's output: {text[:500]}")
+    return found[1]
+
+
+def _tool(name: str, *args: str) -> str:
+    """Output of one of the CUDA tools that come with Triton."""
+    return subprocess.run([NVIDIA_BIN / name, *args], check=True, capture_output=True, text=True).stdout
+
+
+def line(compiled: Compiled) -> str:
+    work, usage = compiled.work, compiled.usage
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
+    shape = f"{work.config.block_c}x{work.config.block_v}x{work.config.block_d}"
+    options = f"{work.config.num_warps}w {work.config.num_stages}s"
+    products = f"{len(usage.products)} {usage.products[0]}" if usage.products else "-"
+    shared = f"{usage.shared / configs.KIB:.0f}/{work.target.shared_memory // configs.KIB}"
+    return (
+        f"{work.target.arch!s:>7} {dtype} {'full ' if work.full else 'plain'} {shape:>11} {options:>6}  "
+        f"{compiled.kernel:<18} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
+        f"{products:>12} {usage.widest[0]:>5} {usage.widest[1]:>5}  {', '.join(compiled.faults)}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--sweep", action="store_true", help="every candidate shape, not only the defaults")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+
+    work = [w for name in args.targets for w in works(TARGETS[name], args.sweep)]
+    print(
+        f"{'target':>7} {'operands':<10} {'tile':>11} {'':>6}  {'kernel':<18} {'regs':>4} {'stack':>5} "
+        f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5}  faults"
+    )
+    count, faulty = 0, 0
+    # Fresh processes: Triton's state for one target does not meet another's.
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for compiled in itertools.chain.from_iterable(pool.map(compile_kernels, work)):
+            print(line(compiled), flush=True)
+            count += 1
+            faulty += bool(compiled.faults)
+    print(f"{count} kernels on {len(args.targets)} targets, {faulty} with faults; triton {triton.__version__}")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

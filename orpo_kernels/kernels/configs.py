@@ -112,7 +112,6 @@ def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
             TileConfig(256, 128, 64, 8, 3),
             TileConfig(128, 128, 64, 8, 3),
             TileConfig(128, 128, 64, 4, 3),
-            TileConfig(64, 256, 64, 4, 3),
             TileConfig(64, 128, 64, 4, 4),
             TileConfig(64, 128, 64, 4, 3),
         ]

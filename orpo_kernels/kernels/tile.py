@@ -75,8 +75,11 @@ def transformed(x, logit_scale, softcap):
     x = x * logit_scale
     if softcap is not None:
         z, slope = capped(x, softcap)
-        return z, slope * logit_scale
-    return x, logit_scale
+        slope = slope * logit_scale
+    else:
+        z = x
+        slope = logit_scale
+    return z, slope
 
 
 @triton.jit

@@ -1,0 +1,20 @@
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, and the devices to test on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+else:
+    # Triton reads this when a kernel is decorated, so it must be there before the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
