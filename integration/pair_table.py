@@ -13,17 +13,24 @@ from torch import Tensor
 from orpo_kernels.objective import orpo_from_sums
 from orpo_kernels.presets import Preset
 
-# completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected)
-_COLUMNS = 8
+# completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected), auxiliary loss
+_COLUMNS = 9
 
 
 def pair_rows(
-    logps: Tensor, targets: Tensor, nll_targets: Tensor | None, mean_logits: Tensor | None, ignore_index: int = -100
+    logps: Tensor,
+    targets: Tensor,
+    nll_targets: Tensor | None,
+    mean_logits: Tensor | None,
+    ignore_index: int = -100,
+    *,
+    aux_loss: Tensor | None = None,
 ) -> Tensor:
-    """One batch's rows, [B, 8] fp64 (fp32 where the device has no fp64), detached.
+    """One batch's rows, [B, 9] fp64 (fp32 where the device has no fp64), detached.
 
     logps: [2B, T] log-probs of the merged targets; targets [2B, T]; nll_targets [B, T] or None for the chosen
-    part of targets; mean_logits [2B] or None.
+    part of targets; mean_logits [2B] or None. aux_loss: [] what the batch's loss has beside the objective (a
+    router's, weighted), None for nothing.
     """
     logps = logps.detach().to(torch.float32 if logps.device.type == "mps" else torch.float64)
     pairs = targets.shape[0] // 2
@@ -42,14 +49,16 @@ def pair_rows(
         nll_mask.sum(-1),
         logits[:pairs],
         logits[pairs:],
+        (torch.zeros_like(nll) if aux_loss is None else aux_loss.detach().expand_as(nll)),
     )
     return torch.stack([column.to(logps) for column in columns], dim=1)
 
 
 def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, float]:
-    """TRL's metric names, and `loss`, over all of `rows` [n, 8]."""
+    """TRL's metric names, and `loss`, over all of `rows` [n, 9]. An auxiliary loss is averaged over pairs."""
     table = rows.reshape(-1, _COLUMNS).cpu()
-    chosen, chosen_count, rejected, rejected_count, nll, nll_count, logits_chosen, logits_rejected = table.unbind(1)
+    chosen, chosen_count, rejected, rejected_count, nll, nll_count, *logits, aux_loss = table.unbind(1)
+    logits_chosen, logits_rejected = logits
     output = orpo_from_sums(
         torch.cat([chosen, rejected]),
         torch.cat([chosen_count, rejected_count]),
@@ -62,5 +71,5 @@ def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, floa
         "logits_chosen": logits_chosen.mean(),
         "logits_rejected": logits_rejected.mean(),
     }
-    metrics = {"loss": output.loss, **output.metrics(**known)}
+    metrics = {"loss": output.loss + aux_loss.mean(), **output.metrics(**known)}
     return {name: float(value) for name, value in metrics.items()}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import OrpoOutput
@@ -206,9 +207,11 @@ class ORPOTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         aux_loss = getattr(outputs, "aux_loss", None)
         if isinstance(aux_loss, Tensor) and aux_loss.requires_grad | (not torch.is_grad_enabled()):
-            share = self.current_gradient_accumulation_steps if counts is not None else 1
-            loss = loss + self.model.config.router_aux_loss_coef * aux_loss.to(loss.device) / share
-        rows = pair_rows(logps, targets, nll_targets, outputs.get("mean_logits"))
+            aux_loss = self.model.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + aux_loss / (self.current_gradient_accumulation_steps if counts is not None else 1)
+        else:
+            aux_loss = None
+        rows = pair_rows(logps, targets, nll_targets, outputs.get("mean_logits"), aux_loss=aux_loss)
         return loss, output, rows, outputs
 
     def compute_loss(
@@ -231,6 +234,25 @@ class ORPOTrainer(Trainer):
             nll_count = nll.sum() if self.preset.nll_mean == "tokens" else (nll > 0).sum()
             counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self._groups_by_length(rows):
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch_size, lengths=[row["length"] for row in rows])
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self._groups_by_length(eval_dataset):
+            generator = torch.Generator().manual_seed(self.args.seed)  # the same order on every process
+            return LengthGroupedSampler(
+                self.args.eval_batch_size, lengths=[row["length"] for row in eval_dataset], generator=generator
+            )
+        return super()._get_eval_sampler(eval_dataset)
+
+    def _groups_by_length(self, rows: Any) -> bool:
+        """True where lengths are wanted and Trainer would miss them: it reads them from a datasets.Dataset only."""
+        return self.args.train_sampling_strategy == "group_by_length" and isinstance(rows, list)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -32,6 +32,9 @@ _CPU_CHUNK = 1536
 _CPU_SCRATCH = 32 * MIB
 _GPU_BLOCK = 16384
 _GPU_SCRATCH = 384 * MIB
+# The BLAS library packs operands into buffers of its own: 3.3 MiB measured (MKL, 2 cores). The budget covers them,
+# up to a third of it.
+_CPU_LIBRARY = 4 * MIB
 # The bytes of a row's own numbers (references, sums, masks, indices), rounded up.
 _ROW_BYTES = 128
 # Fewer rows than this make a product that waits for the weight to arrive from memory.
@@ -122,7 +125,8 @@ class Plan:
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
-        budget = self.budget(device)
+        library = min(_CPU_LIBRARY, self.budget(device) // 3) if cpu else 0
+        budget = self.budget(device) - library
         item = dtype.itemsize
         wide = 8 if dtype == torch.float64 else 4
         mixed = item < wide
@@ -144,9 +148,11 @@ class Plan:
         forward = _fit(budget, row, tile, column_forward, chunk_goal, v if full_rows else min(block_goal, v))
         backward = _fit(budget, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
         if forward is None or (train_weight and backward is None):
-            least = row + tile * (v if full_rows else 1) + column_backward
+            least = row + tile * (v if full_rows else 1) + max(column_forward, column_backward)
+            if cpu:
+                least += min(_CPU_LIBRARY, -(-least // 2))
             raise ScratchTooSmall(
-                f"Plan.scratch_bytes={budget} cannot hold one tile for D={hidden_size}, V={vocab_size}, {dtype}: "
+                f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for D={hidden_size}, V={vocab_size}, {dtype}: "
                 f"give at least {least} bytes"
             )
         assert forward is not None
@@ -174,7 +180,7 @@ class Plan:
             *forward,
             *backward,
             keep_rows,
-            used,
+            used + library,
             saved,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,

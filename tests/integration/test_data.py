@@ -57,7 +57,7 @@ def make_tokenizer(*, adds: str = "$A", **special: str) -> PreTrainedTokenizerFa
 
 
 class FewestPieces(PreTrainedTokenizer):
-    """A tokenizer without character offsets. It takes the fewest pieces, so later text can change early tokens."""
+    """A tokenizer without character offsets. Later text can change early tokens: it takes the fewest pieces."""
 
     def __init__(self, *pieces: str, **kwargs) -> None:
         self.ids = {piece: at for at, piece in enumerate(dict.fromkeys(("</s>", "?", *pieces)))}
@@ -287,7 +287,8 @@ def test_slow_tokenizer_when_the_answer_changes_the_prompts_tokens():
 class OneMarkPerByte:
     """Decodes like byte-fallback tokenizers: while a character is incomplete, each of its bytes shows a mark."""
 
-    pieces: ClassVar = {1: b"a", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80", 6: b"b", 7: "a😀".encode()}
+    pieces: ClassVar = {1: b"a", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80", 6: b"b"}
+    pieces[7] = "a😀".encode()
 
     def decode(self, ids: list[int], **kwargs) -> str:
         raw = b"".join(self.pieces[token] for token in ids)
@@ -349,8 +350,10 @@ def test_bos_of_a_small_vocabulary():
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-    row = tokenize_pair({"prompt": "hello ", "chosen": "world", "rejected": "hello"}, tokenizer)
+    row = tokenize_pair({"prompt": "hello ", "chosen": "world", "rejected": ""}, tokenizer)
     assert (row["chosen_input_ids"], row["chosen_prompt_length"]) == ([0, 1, 2], 2)
+    row = tokenize_pair({"prompt": "", "chosen": "", "rejected": "world"}, tokenizer)
+    assert (row["chosen_input_ids"], row["chosen_prompt_length"]) == ([0], 1)
 
 
 def test_bos_equal_to_eos_before_an_empty_text():

@@ -1,0 +1,1 @@
+"""Measurements of the package; see each script's top for what it measures and how to run it."""

@@ -1,0 +1,304 @@
+"""TRL's ORPOTrainer and CPOTrainer without the logits.
+
+Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`: arguments, optimiser,
+checkpoints, collator, generation, metric names and, on the same batch, losses are TRL's. The model is asked for
+the log-probabilities of the scored tokens (`lm_head`) where TRL takes its logits. What differs, because TRL
+1.16 is wrong or stops there:
+
+- Length. TRL cuts completions only: a prompt of `max_length` tokens leaves them empty. Rows that are too long
+  are cut by the rule of `data.truncate_pair`, which always leaves a completion. Rows that fit become the same ids
+  and labels as TRL's, its BOS and EOS included, except where prompt and completion share a token and TRL's
+  comparison of ids misplaces the boundary (or refuses the row); see `data.tokenize_pair`. An encoder-decoder's
+  rows are TRL's.
+- ORPO, a pair with an empty completion leaves the odds-ratio mean, where TRL's weights all become NaN.
+- ORPO, evaluation. Metrics, `eval_loss` too, are taken over examples, where TRL's are means of batch means that
+  weigh a smaller last batch like the others: the same at every batch size. Each of a dict of evaluation sets
+  has its own, such as `eval_NAME_rewards/margins`, where TRL says `eval_rewards/margins` for all.
+- A dict of evaluation sets and streams, neither of which TRL's `map` calls accept. Tokenised on the fly, a
+  stream keeps only the columns that become tensors, and needs `max_steps`.
+- `logits/chosen` and `logits/rejected` are left out for a model that soft-caps its logits: their mean has no
+  form without them.
+
+`data_summary` (`data.DataSummary`) says what became of the training rows; rows with nothing to score are
+dropped. The columns it counts stay in the data set, `length` among them for length-grouped batches.
+
+Raises ImportError at import where TRL is missing or of another version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
+
+try:
+    import datasets
+    from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
+    from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
+
+    _cause = None
+except ImportError as error:
+    _cause = error
+
+from orpo_kernels.linear_logps import shift_labels
+from orpo_kernels.loss import merge_targets, orpo_from_logps
+from orpo_kernels.plan import Plan
+from orpo_kernels.presets import get_preset
+
+from .data import TOKENIZED_COLUMNS, DataSummary, tokenize_pair, truncate_pair
+from .lm_head import ModelLogps, attach
+from .pair_table import pair_metrics, pair_rows
+
+__all__ = ["CPOTrainer", "ORPOTrainer"]
+
+_SUPPORTED = ">=1.16,<1.17"
+try:
+    _found = version("trl")
+except PackageNotFoundError:
+    _found = "none"
+if _cause is not None or _found not in SpecifierSet(_SUPPORTED):
+    raise ImportError(
+        f"orpo_kernels.integration.trl needs trl{_SUPPORTED} with datasets and accelerate; found trl {_found}"
+        f"{'' if _cause is None else f' ({_cause})'}. Run: pip install 'trl{_SUPPORTED}'"
+    ) from _cause
+
+logger = logging.getLogger("orpo_kernels")
+
+_SIDES = ("chosen", "rejected")
+_PRESET = get_preset("trl")
+
+
+class _HeadLogps:
+    """What the trainers share: their data, and log-probabilities from the head."""
+
+    # Set by TRL's trainers.
+    accelerator: Any
+    args: Any
+    aux_loss_enabled: bool
+    is_encoder_decoder: bool
+    max_length: int
+    model: nn.Module
+    processing_class: Any
+    train_dataset: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *more: Any,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> None:
+        self.plan = plan
+        self._logps: ModelLogps | None = None
+        if isinstance(train_dataset, Mapping):
+            raise TypeError(f"train_dataset is a dict of {list(train_dataset)}: give one of these data sets")
+        super().__init__(  # type: ignore[call-arg]  # TRL's trainer comes next in the bases of what is built
+            model,
+            args,
+            data_collator,
+            _mappable("train_dataset", train_dataset),
+            _mappable("eval_dataset", eval_dataset),
+            *more,
+            **options,
+        )
+        self.data_summary: DataSummary | None = None
+        if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
+            rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
+            self.data_summary = DataSummary.from_rows(rows, self.max_length, self.args.per_device_train_batch_size)
+            if self.data_summary.dropped:
+                self.train_dataset = self.train_dataset.filter(_has_scored_token)
+            logger.info("training data: %s", self.data_summary)
+
+    def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
+        """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""
+        if self.is_encoder_decoder:
+            return super().tokenize_row(feature, model)  # type: ignore[misc]  # as above
+        tokenizer = self.processing_class
+        bos = tokenizer.bos_token_id
+        row = tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
+        for side in _SIDES:
+            ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+            # TRL starts every prompt with the BOS token, also for a tokenizer that adds none.
+            if bos is not None and (prompt_length == 0 or ids[0] != bos):
+                row[f"{side}_input_ids"], row[f"{side}_prompt_length"] = [bos, *ids], prompt_length + 1
+        row = truncate_pair(row, self.max_length, bos)
+        for side in _SIDES:
+            ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+            row[f"{side}_attention_mask"] = [1] * len(ids)
+            row[f"{side}_labels"] = [-100] * prompt_length + ids[prompt_length:]
+        # To generate from: the tokens that are prompt on both sides.
+        shared = min(row[f"{side}_prompt_length"] for side in _SIDES)
+        row["prompt_input_ids"] = row["chosen_input_ids"][:shared]
+        row["prompt_attention_mask"] = [1] * shared
+        return row
+
+    def _score(
+        self, model: nn.Module, batch: dict[str, Any], padding_value: int, *, prompt_nll: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        """(logps [2B, T], targets [2B, T], nll_targets [B, T] or None, the model's outputs) of TRL's batch.
+
+        prompt_nll: score the chosen sequences' prompts too, for an NLL over both (a decoder's only).
+        `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes.
+        """
+        inputs = self.concatenated_inputs(  # type: ignore[attr-defined]  # TRL's
+            batch, self.is_encoder_decoder, padding_value, self.accelerator.device
+        )
+        ids, mask, labels = (
+            inputs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")
+        )
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if self.aux_loss_enabled:
+            arguments["output_router_logits"] = True
+        targets, nll_targets = labels, None
+        mean_logits_over = torch.ones_like(labels, dtype=torch.bool)
+        if self.is_encoder_decoder:
+            arguments["decoder_input_ids"] = self._shift_right(labels)  # type: ignore[attr-defined]  # TRL's
+        else:
+            targets = shift_labels(labels)
+            if prompt_nll:
+                nll_targets = shift_labels(ids.masked_fill(mask != 1, -100)[: len(ids) // 2])
+                mean_logits_over[:, -1] = False
+        if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
+            self._logps = attach(self.model, self.plan)
+        logps, outputs = self._logps.logps(
+            merge_targets(targets, nll_targets), model=model, mean_logits_over=mean_logits_over, **arguments
+        )
+        return logps, targets.to(logps.device), None if nll_targets is None else nll_targets.to(logps.device), outputs
+
+
+class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
+    """`trl.experimental.orpo.ORPOTrainer` without the logits; its arguments, and
+
+    plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
+
+    Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
+    """
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and TRL's metrics of one batch, as [] tensors: nothing waits for the device."""
+        logps, targets, nll_targets, outputs = self._score(model, batch, self.padding_value, prompt_nll=True)
+        output = orpo_from_logps(logps, targets, nll_targets=nll_targets, beta=self.beta, preset=_PRESET)
+        aux_loss = getattr(outputs, "aux_loss", None) if self.aux_loss_enabled else None
+        aux_loss = None if aux_loss is None else self.aux_loss_coef * aux_loss.to(output.loss.device)
+        loss = output.loss if aux_loss is None else output.loss + aux_loss
+
+        mean_logits = outputs.get("mean_logits")
+        if train_eval == "eval":
+            rows = pair_rows(logps, targets, nll_targets, mean_logits, aux_loss=aux_loss)
+            self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        known = dict(zip(_SIDES, () if mean_logits is None else mean_logits.view(2, -1).mean(1), strict=False))
+        metrics = output.metrics(**{f"logits_{side}": logits for side, logits in known.items()})
+        if train_eval == "train":
+            means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes
+            return loss, dict(zip(metrics, means, strict=True))
+        # TRL's prediction_step hands the logits on as predictions; a soft-capped head has none to hand.
+        return loss, {f"eval_logits/{side}": known.get(side, loss.new_tensor(torch.nan)) for side in _SIDES}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """TRL's loop, its metrics and its loss replaced by those of all pairs at once."""
+        self._eval_rows: list[Tensor] = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        self._stored_metrics.pop("eval", None)
+        if self._eval_rows:
+            metrics = pair_metrics(torch.cat(self._eval_rows), beta=self.beta, preset=_PRESET)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+
+class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
+    """`trl.experimental.cpo.CPOTrainer` (CPO, SimPO, IPO, hinge, AlphaPO) without the logits; its arguments, and
+
+    plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
+
+    The objective and its metrics are TRL's own, evaluation included, on log-probabilities from the head.
+
+    Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
+    """
+
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """TRL's tuple; in the place of the logits each sequence's mean one, [B], of which TRL takes the mean."""
+        logps, targets, _, outputs = self._score(model, batch, self.pad_token_id, prompt_nll=False)
+        counts = (targets != -100).sum(-1)
+        sums = logps.sum(-1)
+        nll_loss = sums.new_zeros(())
+        pairs = len(sums) // 2
+        if self.cpo_alpha != 0:
+            nll_loss = -sums[:pairs].sum() / counts[:pairs].sum().clamp(min=1)
+        if self.loss_type in ("ipo", "simpo"):
+            sums = sums / counts.clamp(min=1)
+        mean_logits = outputs.get("mean_logits", torch.full_like(sums, torch.nan))
+        parts = (*sums.split(pairs), *mean_logits.split(pairs), nll_loss)
+        if not self.aux_loss_enabled:
+            return parts
+        aux_loss = getattr(outputs, "aux_loss", None)
+        return (*parts, sums.new_zeros(()) if aux_loss is None else aux_loss.to(sums.device))
+
+
+def _has_scored_token(row: Mapping[str, Any]) -> bool:
+    return any(label != -100 for side in _SIDES for label in row[f"{side}_labels"][1:])
+
+
+class _Sets(dict[str, Any]):
+    """A dict of evaluation sets that are mapped together."""
+
+    def map(self, *args: Any, **options: Any) -> _Sets:
+        return _Sets({name: part.map(*args, **options) for name, part in self.items()})
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """A stream whose rows go through TRL's `map` calls as they are read."""
+
+    def __init__(self, dataset: Iterable[Any], steps: tuple[Callable[[Any], Any], ...] = ()) -> None:
+        self.dataset = dataset
+        self.steps = steps
+
+    def map(self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None) -> _Stream:
+        return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.dataset:
+            for step in self.steps:
+                row = {**row, **step(row)}
+            # accelerate sends whole batches to the other processes, which only tensors can be.
+            tensors = ("_input_ids", "_attention_mask", "_labels")
+            yield {name: value for name, value in row.items() if name.endswith(tensors)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand the epoch on to a data set that reshuffles by it."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def _mappable(name: str, dataset: Any) -> Any:
+    """The data set, or what can be mapped in its place."""
+    if dataset is None or isinstance(dataset, datasets.Dataset):
+        return dataset
+    if isinstance(dataset, Mapping):
+        return _Sets({key: _mappable(f"{name}[{key!r}]", part) for key, part in dataset.items()})
+    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
+        return _Stream(dataset)
+    raise TypeError(
+        f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a list), a "
+        "datasets.IterableDataset or, for evaluation, a dict of them"
+    )
