@@ -268,7 +268,7 @@ def _tokenize_text(
 
 
 def _leading_specials(text: str, plain: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that this tokenizer puts before a text, of which `plain` are the ids without: mostly [BOS] or []."""
+    """The ids that this tokenizer puts before a text (mostly [BOS] or []); `plain` are those without them."""
     if not tokenizer("")["input_ids"]:
         return []
     full = tokenizer(text, verbose=False)["input_ids"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from orpo_kernels.objective import orpo_from_sums
 from orpo_kernels.presets import Preset
 
-# completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected), auxiliary loss
+# completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected), aux loss
 _COLUMNS = 9
 
 

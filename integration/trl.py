@@ -1,23 +1,24 @@
 """TRL's ORPOTrainer and CPOTrainer without the logits.
 
-Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`: arguments, optimiser,
-checkpoints, collator, generation, metric names and, on the same batch, losses are TRL's. The model is asked for
-the log-probabilities of the scored tokens (`lm_head`) where TRL takes its logits. What differs, because TRL
-1.16 is wrong or stops there:
+Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`. Arguments, collator,
+optimiser, checkpoints, generation, metric names and, on the same batch, losses are TRL's; the model is asked
+for the log-probabilities of the scored tokens (`lm_head`) where TRL takes its logits. What differs, because
+TRL 1.16 is wrong or stops there:
 
 - Length. TRL cuts completions only: a prompt of `max_length` tokens leaves them empty. Rows that are too long
-  are cut by the rule of `data.truncate_pair`, which always leaves a completion. Rows that fit become the same ids
-  and labels as TRL's, its BOS and EOS included, except where prompt and completion share a token and TRL's
-  comparison of ids misplaces the boundary (or refuses the row); see `data.tokenize_pair`. An encoder-decoder's
+  are cut by the rule of `data.truncate_pair`, which always leaves a completion. Rows that fit become TRL's
+  ids and labels, its BOS and EOS included, except where a token holds text of both prompt and completion and
+  TRL, comparing ids, misplaces the boundary or refuses the row (`data.tokenize_pair`). An encoder-decoder's
   rows are TRL's.
-- ORPO, a pair with an empty completion leaves the odds-ratio mean, where TRL's weights all become NaN.
-- ORPO, evaluation. Metrics, `eval_loss` too, are taken over examples, where TRL's are means of batch means that
-  weigh a smaller last batch like the others: the same at every batch size. Each of a dict of evaluation sets
-  has its own, such as `eval_NAME_rewards/margins`, where TRL says `eval_rewards/margins` for all.
-- A dict of evaluation sets and streams, neither of which TRL's `map` calls accept. Tokenised on the fly, a
-  stream keeps only the columns that become tensors, and needs `max_steps`.
-- `logits/chosen` and `logits/rejected` are left out for a model that soft-caps its logits: their mean has no
-  form without them.
+- Empty completions (ORPO). Their pairs leave the odds-ratio mean, where TRL's weights all become NaN.
+- Evaluation (ORPO). Metrics, `eval_loss` too, run over examples and are the same at every batch size. TRL's
+  are means of batch means in which a smaller last batch weighs as much as the others. Each of a dict of
+  evaluation sets has metrics of its own, `eval_NAME_rewards/margins`, where TRL says `eval_rewards/margins`
+  for all.
+- Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream keeps only the
+  columns that become tensors, and needs `max_steps`.
+- `logits/chosen` and `logits/rejected` of a model that soft-caps its logits: their mean has no form without
+  them. Left out (ORPO) or NaN (CPO).
 
 `data_summary` (`data.DataSummary`) says what became of the training rows; rows with nothing to score are
 dropped. The columns it counts stay in the data set, `length` among them for length-grouped batches.
@@ -74,17 +75,13 @@ _SIDES = ("chosen", "rejected")
 _PRESET = get_preset("trl")
 
 
-class _HeadLogps:
+# What stands behind the class below in the bases of what is built: one of TRL's trainers.
+_TrlTrainer: Any = object
+
+
+class _HeadLogps(_TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
-    # Set by TRL's trainers.
-    accelerator: Any
-    args: Any
-    aux_loss_enabled: bool
-    is_encoder_decoder: bool
-    max_length: int
-    model: nn.Module
-    processing_class: Any
     train_dataset: Any
 
     def __init__(
@@ -100,9 +97,10 @@ class _HeadLogps:
     ) -> None:
         self.plan = plan
         self._logps: ModelLogps | None = None
+        self._eval_rows: list[Tensor] = []
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a dict of {list(train_dataset)}: give one of these data sets")
-        super().__init__(  # type: ignore[call-arg]  # TRL's trainer comes next in the bases of what is built
+        super().__init__(
             model,
             args,
             data_collator,
@@ -114,7 +112,8 @@ class _HeadLogps:
         self.data_summary: DataSummary | None = None
         if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
             rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
-            self.data_summary = DataSummary.from_rows(rows, self.max_length, self.args.per_device_train_batch_size)
+            batch_size = self.args.per_device_train_batch_size
+            self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
                 self.train_dataset = self.train_dataset.filter(_has_scored_token)
             logger.info("training data: %s", self.data_summary)
@@ -122,7 +121,7 @@ class _HeadLogps:
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""
         if self.is_encoder_decoder:
-            return super().tokenize_row(feature, model)  # type: ignore[misc]  # as above
+            return super().tokenize_row(feature, model)
         tokenizer = self.processing_class
         bos = tokenizer.bos_token_id
         row = tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
@@ -143,14 +142,14 @@ class _HeadLogps:
         return row
 
     def _score(
-        self, model: nn.Module, batch: dict[str, Any], padding_value: int, *, prompt_nll: bool
+        self, model: nn.Module, batch: dict[str, Any], padding_value: Any, *, prompt_nll: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
         """(logps [2B, T], targets [2B, T], nll_targets [B, T] or None, the model's outputs) of TRL's batch.
 
         prompt_nll: score the chosen sequences' prompts too, for an NLL over both (a decoder's only).
         `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes.
         """
-        inputs = self.concatenated_inputs(  # type: ignore[attr-defined]  # TRL's
+        inputs = self.concatenated_inputs(
             batch, self.is_encoder_decoder, padding_value, self.accelerator.device
         )
         ids, mask, labels = (
@@ -162,7 +161,7 @@ class _HeadLogps:
         targets, nll_targets = labels, None
         mean_logits_over = torch.ones_like(labels, dtype=torch.bool)
         if self.is_encoder_decoder:
-            arguments["decoder_input_ids"] = self._shift_right(labels)  # type: ignore[attr-defined]  # TRL's
+            arguments["decoder_input_ids"] = self._shift_right(labels)
         else:
             targets = shift_labels(labels)
             if prompt_nll:
@@ -173,7 +172,9 @@ class _HeadLogps:
         logps, outputs = self._logps.logps(
             merge_targets(targets, nll_targets), model=model, mean_logits_over=mean_logits_over, **arguments
         )
-        return logps, targets.to(logps.device), None if nll_targets is None else nll_targets.to(logps.device), outputs
+        if nll_targets is not None:
+            nll_targets = nll_targets.to(logps.device)
+        return logps, targets.to(logps.device), nll_targets, outputs
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
@@ -195,16 +196,16 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         loss = output.loss if aux_loss is None else output.loss + aux_loss
 
         mean_logits = outputs.get("mean_logits")
-        if train_eval == "eval":
-            rows = pair_rows(logps, targets, nll_targets, mean_logits, aux_loss=aux_loss)
-            self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
-        known = dict(zip(_SIDES, () if mean_logits is None else mean_logits.view(2, -1).mean(1), strict=False))
-        metrics = output.metrics(**{f"logits_{side}": logits for side, logits in known.items()})
+        chosen, rejected = (None, None) if mean_logits is None else mean_logits.view(2, -1).mean(1)
+        metrics = output.metrics(logits_chosen=chosen, logits_rejected=rejected)
         if train_eval == "train":
             means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes
             return loss, dict(zip(metrics, means, strict=True))
-        # TRL's prediction_step hands the logits on as predictions; a soft-capped head has none to hand.
-        return loss, {f"eval_logits/{side}": known.get(side, loss.new_tensor(torch.nan)) for side in _SIDES}
+        rows = pair_rows(logps, targets, nll_targets, mean_logits, aux_loss=aux_loss)
+        self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        # TRL's prediction_step hands the logits on as predictions, whether or not they are known.
+        unknown = dict.fromkeys(("logits/chosen", "logits/rejected"), loss.new_tensor(torch.nan))
+        return loss, {f"eval_{name}": value for name, value in (unknown | metrics).items()}
 
     def evaluation_loop(
         self,
@@ -215,8 +216,8 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """TRL's loop, its metrics and its loss replaced by those of all pairs at once."""
-        self._eval_rows: list[Tensor] = []
-        output = super().evaluation_loop(
+        self._eval_rows = []
+        output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         self._stored_metrics.pop("eval", None)
@@ -227,7 +228,7 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
 
 
 class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
-    """`trl.experimental.cpo.CPOTrainer` (CPO, SimPO, IPO, hinge, AlphaPO) without the logits; its arguments, and
+    """`trl.experimental.cpo.CPOTrainer` (SimPO, IPO, hinge too) without the logits; its arguments, and
 
     plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
 
@@ -236,8 +237,8 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
     Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
     """
 
-    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        """TRL's tuple; in the place of the logits each sequence's mean one, [B], of which TRL takes the mean."""
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """TRL's tuple, with each sequence's mean logit [B] for its logits, of which TRL takes the mean."""
         logps, targets, _, outputs = self._score(model, batch, self.pad_token_id, prompt_nll=False)
         counts = (targets != -100).sum(-1)
         sums = logps.sum(-1)
@@ -273,7 +274,9 @@ class _Stream(torch.utils.data.IterableDataset):
         self.dataset = dataset
         self.steps = steps
 
-    def map(self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None) -> _Stream:
+    def map(
+        self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None
+    ) -> _Stream:
         return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -299,6 +302,6 @@ def _mappable(name: str, dataset: Any) -> Any:
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
         return _Stream(dataset)
     raise TypeError(
-        f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a list), a "
-        "datasets.IterableDataset or, for evaluation, a dict of them"
+        f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
+        "list), a datasets.IterableDataset or, for evaluation, a dict of them"
     )

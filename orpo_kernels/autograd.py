@@ -36,6 +36,11 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    adapter: bool = False
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias or self.adapter
 
 
 class Saved(NamedTuple):
@@ -55,15 +60,19 @@ def logps_forward(
     rows: Tensor | None,
     options: HeadOptions,
     needs: Needs,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
-    """Log-probabilities [N] of the scored tokens, and what their backward needs."""
-    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype)
+    """Log-probabilities [N] of the scored tokens, and what their backward needs.
+
+    adapter: [V, r] columns that continue the weight's; hidden is then [R, D + r].
+    """
+    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
     backend, head, schedule = choose(
         options.plan,
         head,
         targets.numel(),
         train_hidden=needs.hidden,
-        train_weight=needs.weight or needs.bias,
+        train_weight=needs.head,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         out = backend.forward(Tokens(hidden, rows, targets), head, schedule, needs.hidden)
@@ -123,18 +132,21 @@ def head_gradient(
     saved: Saved,
     options: HeadOptions,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight [V, D] and bias [V], each in its parameter's dtype, None where not needed."""
-    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype)
+    adapter: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
+    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
     backend, head, schedule = choose(
         options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True
     )
     with torch.autocast(coefficient.device.type, enabled=False):
-        d_weight, d_bias = backend.weight_gradient(
-            tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias
-        )
+        arguments = (tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias)
+        if adapter is None:
+            (d_weight, d_bias), d_adapter = backend.weight_gradient(*arguments), None
+        else:
+            d_weight, d_bias, d_adapter = backend.weight_gradient(*arguments, needs.adapter)
     # The kernels see the weight in the compute dtype; its gradient belongs to the parameter.
-    return None if d_weight is None else d_weight.to(weight.dtype), d_bias
+    return None if d_weight is None else d_weight.to(weight.dtype), d_bias, d_adapter
 
 
 class LinearLogps(torch.autograd.Function):
@@ -152,11 +164,12 @@ class LinearLogps(torch.autograd.Function):
         groups: RowGroups | None,
         options: HeadOptions,
         needs: Needs,
+        adapter: Tensor | None,
     ) -> Tensor:
-        logps, saved = logps_forward(hidden, weight, bias, targets, rows, options, needs)
-        trains_head = needs.weight or needs.bias
+        logps, saved = logps_forward(hidden, weight, bias, targets, rows, options, needs, adapter)
+        trains_head = needs.head
         # The parameters themselves are saved, never a cast of them: sharding hooks recognise only those.
-        inputs = (hidden, weight, bias, targets) if trains_head else (None, None, None, None)
+        inputs = (hidden, weight, bias, adapter, targets) if trains_head else (None,) * 5
         kept = saved.kept
         ctx.save_for_backward(
             *inputs,
@@ -177,19 +190,21 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, weight, bias, targets, rows, order, unique, starts, counts, sure_not, lse, u, kept, reference) = (
+        (hidden, weight, bias, adapter, targets, rows, order, unique, starts, counts, sure_not, lse, u, kept, reference) = (
             ctx.saved_tensors
         )
         needs: Needs = ctx.needs
         coefficient = grad.to(sure_not.dtype) * sure_not
-        d_hidden = d_weight = d_bias = None
+        d_hidden = d_weight = d_bias = d_adapter = None
         if needs.hidden:
             groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
             d_hidden = hidden_gradient(
                 ctx.hidden_shape, ctx.hidden_dtype, coefficient, u, rows, groups, ctx.options.plan
             )
-        if needs.weight or needs.bias:
+        if needs.head:
             saved = Saved(sure_not, lse, u, None if kept is None else Kept(kept, reference, ctx.kept_columns))
             tokens = Tokens(hidden, rows, targets)
-            d_weight, d_bias = head_gradient(tokens, weight, bias, coefficient, saved, ctx.options, needs)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+            d_weight, d_bias, d_adapter = head_gradient(
+                tokens, weight, bias, coefficient, saved, ctx.options, needs, adapter
+            )
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, d_adapter

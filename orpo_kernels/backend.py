@@ -19,12 +19,12 @@ def choose(
     plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool
 ) -> tuple[ModuleType, Head, Schedule]:
     """The backend's module, the head as that backend takes it, and the loop sizes."""
-    vocab_size, hidden_size = head.weight.shape
+    vocab_size = head.weight.shape[0]
 
     def schedule(full_rows: bool) -> Schedule:
         return plan.schedule(
             tokens,
-            hidden_size,
+            head.inner_size,
             vocab_size,
             head.compute_dtype,
             head.weight.device,
@@ -32,6 +32,7 @@ def choose(
             train_weight=train_weight,
             softcap=head.softcap is not None,
             full_rows=full_rows,
+            joined=head.adapter is not None,
         )
 
     if why_not_triton(head) is None:
@@ -50,6 +51,8 @@ def choose(
 def why_not_triton(head: Head) -> str | None:
     """None where the Triton kernels serve this head, else the reason in words."""
     device = head.weight.device
+    if head.adapter is not None:
+        return "the head has an adapter, which the torch path joins to it block by block"
     if device.type != "cuda":
         return f"the kernels run on GPUs, and the head is on {device.type}"
     if not has_triton():

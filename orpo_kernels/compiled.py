@@ -41,12 +41,13 @@ def _forward(
     scratch_bytes: int | None,
     keep: int,
     needs: list[bool],
+    adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """(logps [T], positions [N], sure_not [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
     scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
     logps, saved = logps_forward(
-        hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs)
+        hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs), adapter
     )
     positions = scored.positions
     if positions is None:
@@ -87,27 +88,31 @@ def _backward(
     scratch_bytes: int | None,
     keep: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not needed."""
+    adapter: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and adapter; empty where not needed."""
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
     wants = Needs(*needs)
     coefficient = grad.index_select(0, positions).to(sure_not.dtype) * sure_not
     token_rows = positions if rows is None else rows.index_select(0, positions)
     groups = None if rows is None else group_rows(token_rows)
-    d_hidden = d_weight = d_bias = None
+    d_hidden = d_weight = d_bias = d_adapter = None
     if wants.hidden:
         d_hidden = hidden_gradient(
             hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan
         )
-    if wants.weight or wants.bias:
+    if wants.head:
         saved = Saved(sure_not, lse, None, Kept(kept, reference, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
-        d_weight, d_bias = head_gradient(tokens, weight, bias, coefficient, saved, options, wants)
-    return tuple(hidden.new_empty(0) if g is None else g for g in (d_hidden, d_weight, d_bias))  # type: ignore[return-value]
+        d_weight, d_bias, d_adapter = head_gradient(
+            tokens, weight, bias, coefficient, saved, options, wants, adapter
+        )
+    grads = (d_hidden, d_weight, d_bias, d_adapter)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs):
+def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs, adapter):
     context = torch.library.get_ctx()
     n = context.new_dynamic_size()
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -115,7 +120,7 @@ def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, c
     kept = hidden.new_empty(0, 0, dtype=wide)
     reference = hidden.new_empty(0, 0, dtype=wide)
     columns = 0
-    if keep and (needs[1] or needs[2]):
+    if keep and any(needs[1:]):
         k = context.new_dynamic_size()
         kept = hidden.new_empty(k, weight.shape[0], dtype=compute_dtype)
         reference = hidden.new_empty(k, context.new_dynamic_size(), dtype=wide)
@@ -125,7 +130,7 @@ def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, c
         targets.new_empty(n, dtype=torch.int64),
         number,
         torch.empty_like(number),
-        hidden.new_empty(n, weight.shape[1], dtype=compute_dtype) if needs[0] else hidden.new_empty(0, 0, dtype=wide),
+        hidden.new_empty(n, hidden.shape[1], dtype=compute_dtype) if needs[0] else hidden.new_empty(0, 0, dtype=wide),
         kept,
         reference,
         columns,
@@ -133,25 +138,27 @@ def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, c
 
 
 @_backward.register_fake
-def _(grad, hidden, weight, bias, targets, rows, positions, sure_not, lse, u, kept, reference, columns, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs):
+def _(grad, hidden, weight, bias, targets, rows, positions, sure_not, lse, u, kept, reference, columns, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs, adapter):
     def like(x, needed):
         return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
 
-    return like(hidden, needs[0]), like(weight, needs[1]), like(bias, needs[2])
+    return tuple(like(x, needed) for x, needed in zip((hidden, weight, bias, adapter), needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, rows = inputs[:5]
     _, *saved, columns = output
-    ctx.save_for_backward(hidden, weight, bias, targets, rows, *saved)
+    ctx.save_for_backward(hidden, weight, bias, targets, rows, *saved, inputs[-1])
     ctx.columns = columns
-    ctx.arguments = inputs[6:]
-    ctx.needs = inputs[-1]
+    ctx.arguments = inputs[6:-1]
+    ctx.needs = inputs[-2]
 
 
 def _autograd(ctx, grad, *_unused):
-    grads = _backward(grad, *ctx.saved_tensors, ctx.columns, *ctx.arguments)
-    return (*(g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 9)
+    *saved, adapter = ctx.saved_tensors
+    grads = _backward(grad, *saved, ctx.columns, *ctx.arguments, adapter)
+    *inputs, adapter = (g if needed else None for g, needed in zip(grads, ctx.needs, strict=True))
+    return (*inputs, *(None,) * 9, adapter)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -165,6 +172,7 @@ def compiled_linear_logps(
     rows: Tensor | None,
     ignore_index: int,
     options: HeadOptions,
+    adapter: Tensor | None = None,
 ) -> Tensor:
     """`linear_logps` on checked arguments, traceable."""
     plan = options.plan
@@ -180,7 +188,8 @@ def compiled_linear_logps(
         options.compute_dtype,
         plan.scratch_bytes,
         _KEEP_ALL if plan.keep_logit_grads is True else int(plan.keep_logit_grads),
-        list(needs_of(hidden, weight, bias)),
+        list(needs_of(hidden, weight, bias, adapter)),
+        adapter,
     )[0]
     return logps.view(targets.shape)
 

@@ -71,8 +71,13 @@ def scored_logps(
     scored: ScoredTokens,
     shape: torch.Size,
     options: HeadOptions,
+    adapter: Tensor | None = None,
 ) -> Tensor:
-    """`linear_logps` for tokens that have been selected already; `shape` is that of the targets."""
+    """`linear_logps` for tokens that have been selected already; `shape` is that of the targets.
+
+    adapter: [V, r], a low-rank update beside the weight, in any floating dtype: hidden is then [..., D + r], the
+    adapter's input behind the head's.
+    """
     logps = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -81,19 +86,21 @@ def scored_logps(
         scored.rows,
         scored.groups,
         options,
-        needs_of(hidden, weight, bias),
+        needs_of(hidden, weight, bias, adapter),
+        adapter,
     )
     if scored.positions is None:
         return logps.view(shape)
     return logps.new_zeros(math.prod(shape)).index_copy(0, scored.positions, logps).view(shape)
 
 
-def needs_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+def needs_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None = None) -> Needs:
     grad = torch.is_grad_enabled()
     return Needs(
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
+        grad and adapter is not None and adapter.requires_grad,
     )
 
 
@@ -105,11 +112,16 @@ def head_options(
     logit_scale: float,
     softcap: float | None,
     plan: Plan | None,
+    adapter: Tensor | None = None,
 ) -> HeadOptions:
-    """The checked options of a head; raises as `linear_logps` does."""
+    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`."""
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, D]")
     vocab_size, hidden_size = weight.shape
+    if adapter is not None:
+        if adapter.dim() != 2 or adapter.shape[0] != vocab_size:
+            raise ValueError(f"adapter has shape {tuple(adapter.shape)}: it must be [V, r] with V={vocab_size}")
+        hidden_size += adapter.shape[1]
     if hidden.dim() < 1 or hidden.shape[-1] != hidden_size:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: the last size of hidden "

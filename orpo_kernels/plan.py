@@ -118,9 +118,11 @@ class Plan:
         train_weight: bool = False,
         softcap: bool = False,
         full_rows: bool = False,
+        joined: bool = False,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
+        joined: blocks of the weight are copied to join an adapter's columns to them (D counts those too).
         full_rows: tiles span the whole vocabulary (what the Triton kernels write).
         """
         device = torch.device(device)
@@ -140,8 +142,8 @@ class Plan:
         if train_hidden and mixed:
             row += d_bytes * wide
         # A vocabulary entry's rows: the weight cast, and in the backward its gradient in fp32.
-        column_forward = d_bytes * wide if mixed else 0
-        column_backward = column_forward + (d_bytes * wide if mixed else 0)
+        column_forward = d_bytes * wide if mixed or joined else 0
+        column_backward = 2 * column_forward
 
         block_goal = _CPU_BLOCK if cpu else _GPU_BLOCK
         chunk_goal = min(max(tokens, 1), _CPU_CHUNK) if cpu else max(tokens, 1)

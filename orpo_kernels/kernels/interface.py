@@ -3,7 +3,9 @@
 A backend is a module with two functions:
 
     forward(tokens, head, schedule, want_u, keep_rows) -> Forward
-    weight_gradient(tokens, head, coefficient, saved, schedule, want_weight, want_bias) -> (dW, db)
+    weight_gradient(tokens, head, coefficient, lse, kept, schedule, want_weight, want_bias) -> (dW, db)
+
+The torch path also takes a head with an adapter, and gives that one's gradient beside the others.
 
 Both speak of *competitors*, the vocabulary entries other than the target: with `z = f(W h + b)`,
 
@@ -37,7 +39,8 @@ class Tokens(NamedTuple):
 class Head(NamedTuple):
     """What turns a hidden row into logits: z = cap * tanh(x / cap) with x = logit_scale * (W h + b).
 
-    weight: [V, D]; bias: [V] or None. compute_dtype is what the operands of every product are rounded to
+    weight: [V, D]; bias: [V] or None. adapter: [V, r] or None, columns appended to the weight: the product's
+    inner dimension is then D + r, hidden's too, and a low-rank update W + B A is [W | B] on [h | A h]. compute_dtype is what the operands of every product are rounded to
     (autocast's, or the common dtype of the inputs); sums are carried in `accumulation_dtype`.
     """
 
@@ -46,6 +49,11 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
     compute_dtype: torch.dtype
+    adapter: Tensor | None = None
+
+    @property
+    def inner_size(self) -> int:
+        return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
 
     @property
     def accumulation_dtype(self) -> torch.dtype:

@@ -35,7 +35,7 @@ _SLACK = 8.0
 
 def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
     """Log-probability terms of every token; see `interface` for the symbols and shapes."""
-    n, d, v = tokens.targets.numel(), head.weight.shape[1], head.weight.shape[0]
+    n, d, v = tokens.targets.numel(), head.inner_size, head.weight.shape[0]
     wide, device = head.accumulation_dtype, head.weight.device
     math = _Products(head, device)
     gap = torch.empty(n, dtype=wide, device=device)
@@ -116,8 +116,10 @@ def weight_gradient(
     schedule: Schedule,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the weight [V, D] and the bias [V], in their own dtypes.
+    want_adapter: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the weight [V, D], the bias [V] and, for a head that has one, the adapter [V, r], in their own
+    dtypes.
 
     coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
     times 1 - p(target).
@@ -127,6 +129,11 @@ def weight_gradient(
     math = _Products(head, device)
     d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.zeros_like(head.bias) if want_bias and head.bias is not None else None
+    d_adapter = torch.zeros_like(head.adapter) if want_adapter and head.adapter is not None else None
+    # The columns of the inner dimension that train: an adapter on a frozen weight costs a product r wide.
+    size = head.weight.shape[1]
+    trained = slice(0 if want_weight else size, head.inner_size if d_adapter is not None else size)
+    in_place = d_adapter is None and d_weight is not None and d_weight.dtype == wide
     # fp16 operands: coefficients far below one would underflow in the stored tile; fp32 output takes the scale.
     largest = None
     if math.operand_dtype == torch.float16:
@@ -143,8 +150,10 @@ def weight_gradient(
     for columns in _blocks(v, block, kept.columns if kept is not None else v):
         w = math.weight_rows(columns)
         total = None
-        if d_weight is not None:
-            total = d_weight[columns] if d_weight.dtype == wide else torch.zeros_like(w, dtype=wide)
+        if in_place and d_weight is not None:
+            total = d_weight[columns]
+        elif d_weight is not None or d_adapter is not None:
+            total = torch.zeros(w.shape[0], trained.stop - trained.start, dtype=wide, device=device)
         total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device)
         for chunk in _chunks(n, chunk_size, keep_rows):
             h = math.hidden_rows(tokens, chunk)
@@ -168,18 +177,21 @@ def weight_gradient(
             q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
             q.mul_(-c_s[:, None])
             if total is not None:
-                math.add_product(total, q.t(), h)
+                math.add_product(total, q.t(), h[:, trained])
             if d_bias is not None:
                 total_bias += q.sum(0)
         if largest is not None:
             total_bias *= largest
             if total is not None:
                 total.mul_(largest)
-        if d_weight is not None and total is not None and d_weight.dtype != wide:
-            d_weight[columns] = total
+        if total is not None and not in_place:
+            if d_weight is not None:
+                d_weight[columns] = total[:, :size]
+            if d_adapter is not None:
+                d_adapter[columns] = total[:, size - trained.start :]
         if d_bias is not None:
             d_bias[columns] = total_bias
-    return d_weight, d_bias
+    return (d_weight, d_bias) if head.adapter is None else (d_weight, d_bias, d_adapter)
 
 
 class _Products:
@@ -201,7 +213,16 @@ class _Products:
         return self._operand(tokens.hidden.index_select(0, tokens.rows[chunk]))
 
     def weight_rows(self, columns: slice) -> Tensor:
-        return self._operand(self.head.weight[columns])
+        w = self._operand(self.head.weight[columns])
+        if self.head.adapter is None:
+            return w
+        return torch.cat([w, self._operand(self.head.adapter[columns])], 1)
+
+    def target_rows(self, y: Tensor) -> Tensor:
+        """The targets' rows of the weight [C, D + r], rounded to the compute dtype, wide."""
+        parts = [self.head.weight] + ([] if self.head.adapter is None else [self.head.adapter])
+        rows = [part.index_select(0, y).to(self.head.compute_dtype).to(self.wide) for part in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
     def logits(
         self, h: Tensor, w: Tensor, columns: slice, buffer: Tensor, *, want_slope: bool
@@ -239,16 +260,14 @@ class _Products:
 
     def add_target_rows(self, total: Tensor, y: Tensor, slope_y: Tensor) -> None:
         """total += f'_y W[y]."""
-        rows = self.head.weight.index_select(0, y).to(self.head.compute_dtype)
-        total.addcmul_(rows.to(total.dtype), slope_y[:, None])
+        total.addcmul_(self.target_rows(y), slope_y[:, None])
 
     def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
         """f' at the target's logit, from a row dot; 1 for a linear head, whose scale is applied elsewhere."""
         head = self.head
         if head.softcap is None:
             return torch.ones(y.numel(), dtype=self.wide, device=h.device)
-        rows = head.weight.index_select(0, y).to(head.compute_dtype).to(self.wide)
-        x = (h.to(self.wide) * rows).sum(1)
+        x = (h.to(self.wide) * self.target_rows(y)).sum(1)
         if head.bias is not None:
             x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
         return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())

@@ -57,7 +57,7 @@ def make_tokenizer(*, adds: str = "$A", **special: str) -> PreTrainedTokenizerFa
 
 
 class FewestPieces(PreTrainedTokenizer):
-    """A tokenizer without character offsets. Later text can change early tokens: it takes the fewest pieces."""
+    """A tokenizer without offsets. Later text may change early tokens: it takes the fewest pieces."""
 
     def __init__(self, *pieces: str, **kwargs) -> None:
         self.ids = {piece: at for at, piece in enumerate(dict.fromkeys(("</s>", "?", *pieces)))}
@@ -285,7 +285,7 @@ def test_slow_tokenizer_when_the_answer_changes_the_prompts_tokens():
 
 
 class OneMarkPerByte:
-    """Decodes like byte-fallback tokenizers: while a character is incomplete, each of its bytes shows a mark."""
+    """Decodes like byte-fallback tokenizers: each byte of an incomplete character shows as a mark."""
 
     pieces: ClassVar = {1: b"a", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80", 6: b"b"}
     pieces[7] = "a😀".encode()
