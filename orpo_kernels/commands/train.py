@@ -1,0 +1,197 @@
+"""`orpo-kernels train`: preference-tune a model with ORPO from the command line.
+
+Arguments are parsed by transformers' own parser, so everything `TrainingArguments` knows is here under its usual
+name, beside the model, the data and LoRA; names follow TRL's scripts. A .json or .yaml file in place of arguments
+is read the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+EXAMPLE = """example:
+  orpo-kernels train --model_name_or_path ./my-model --dataset_name pairs.jsonl --eval_fraction 0.05 \\
+      --use_peft --lora_r 16 --output_dir ./tuned --num_train_epochs 1 --per_device_train_batch_size 4
+rows: {prompt, chosen, rejected} as strings or message lists, {chosen, rejected} message lists that share their
+first turns, or {conversations, chosen, rejected}."""
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder or name of the model, its tokenizer beside it."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a .gguf file in that folder to load."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights' dtype: auto (as stored), float32, bfloat16 or float16."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention, e.g. sdpa or flash_attention_2. Default: the model's."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings along."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = field(
+        metadata={"help": "Preference pairs: a .json, .jsonl, .csv or .parquet file, a folder, or a dataset's name."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the training rows to hold out for evaluation, from their end."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the whole model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers to adapt. Default: every linear layer but the head."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of layers to train whole, e.g. lm_head."}
+    )
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "train", help="preference-tune a model on your own pairs", add_help=False, prefix_chars="\0"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    model_args, data_args, lora_args, config = parse(args.arguments)
+    trainer = build_trainer(model_args, data_args, lora_args, config)
+    print(trainer.data_summary if trainer.data_summary is not None else "streaming data: no summary", flush=True)
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics.update(trainer.evaluate())
+    if trainer.is_world_process_zero():
+        path = Path(config.output_dir) / "metrics.json"
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+        print(f"saved the model and {path.name} in {config.output_dir}")
+    return 0
+
+
+def parse(arguments: list[str]) -> Any:
+    """(ModelArguments, DataArguments, LoraArguments, ORPOConfig); exits with a message for bad ones."""
+    from transformers import HfArgumentParser
+
+    from orpo_kernels.integration.transformers import ORPOConfig
+
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, LoraArguments, ORPOConfig),
+        prog="orpo-kernels train",
+        description="Preference-tune a causal language model with ORPO, without its logits.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        return parser.parse_json_file(arguments[0])
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(arguments[0])
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, config: Any) -> Any:
+    """The trainer that the arguments describe."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from orpo_kernels.integration.transformers import ORPOTrainer
+
+    train_rows, eval_rows = load_pairs(data_args)
+    common = {"gguf_file": model_args.gguf_file, "trust_remote_code": model_args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **common)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        **common,
+    )
+    return ORPOTrainer(
+        model,
+        config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(lora_args) if lora_args.use_peft else None,
+    )
+
+
+def lora_config(lora_args: LoraArguments) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise SystemExit("--use_peft needs the peft package: pip install 'peft>=0.18'") from error
+    return LoraConfig(
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=lora_args.lora_target_modules or "all-linear",
+        modules_to_save=lora_args.lora_modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
+    """(training rows, evaluation rows or None). A JSON file needs no other package; the rest needs `datasets`."""
+    if not 0.0 <= data_args.eval_fraction < 1.0:
+        raise SystemExit(f"--eval_fraction {data_args.eval_fraction}: use a share from 0 up to, not including, 1")
+    if data_args.eval_fraction and data_args.dataset_test_split:
+        raise SystemExit("--eval_fraction and --dataset_test_split were both given: use one")
+    path = Path(data_args.dataset_name)
+    if path.is_file() and _SUFFIXES.get(path.suffix) == "json":
+        rows: Any = _read_json(path)
+        if data_args.dataset_test_split:
+            raise SystemExit(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
+        kept = len(rows) - round(len(rows) * data_args.eval_fraction)
+        return rows[:kept], rows[kept:] or None
+
+    try:
+        import datasets
+    except ImportError as error:
+        raise SystemExit(f"--dataset_name {path} needs the datasets package: pip install datasets") from error
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise SystemExit(f"--dataset_name {path}: the ending is none of {', '.join(_SUFFIXES)}")
+        loaded: Any = datasets.load_dataset(_SUFFIXES[path.suffix], data_files=str(path))
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+    else:
+        loaded = datasets.load_dataset(data_args.dataset_name)
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict({data_args.dataset_train_split: loaded})
+    for split in filter(None, (data_args.dataset_train_split, data_args.dataset_test_split)):
+        if split not in loaded:
+            raise SystemExit(f"{data_args.dataset_name} has no split {split!r}, only {', '.join(loaded)}")
+    train = loaded[data_args.dataset_train_split]
+    if data_args.dataset_test_split:
+        return train, loaded[data_args.dataset_test_split]
+    kept = len(train) - round(len(train) * data_args.eval_fraction)
+    return train.select(range(kept)), train.select(range(kept, len(train))) if kept < len(train) else None
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """A JSON array, or one object a line."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json" and text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"--dataset_name {path} is not valid JSON: {error}") from error
+
+
