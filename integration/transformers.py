@@ -283,6 +283,11 @@ class ORPOTrainer(Trainer):
 
 
 def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        if all(parameter.is_floating_point() for parameter in model.parameters()):
+            # Unpacked when it was loaded, so a plain model; Trainer would refuse it by its origin.
+            quantizer.remove_quantization_config(model)
     if peft_config is not None:
         try:
             from peft import PeftModel, get_peft_model
@@ -291,7 +296,9 @@ def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
         if isinstance(model, PeftModel):
             raise ValueError("peft_config was given with a model that has adapters already: give one or the other")
         model = get_peft_model(model, peft_config)
-    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+    # transformers 5.24 renames the argument.
+    checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    if checkpointing and hasattr(model, "enable_input_require_grads"):
         # With frozen embeddings nothing that enters a checkpoint would require a gradient.
         model.enable_input_require_grads()
     if args.disable_dropout:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from orpo_kernels.kernels.slow_lane import is_abnormal
-from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, hidden_rows, rounded, transformed
+from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, hidden_rows, logits, rounded, slope
 
 
 @triton.jit
@@ -60,9 +60,9 @@ def target_kernel(
     x = tl.sum(total, 1)
     if p_bias is not None:
         x += tl.load(p_bias + y, mask=m_c, other=0.0).to(tl.float32)
-    z_y, slope_y = transformed(x, logit_scale, softcap)
+    z_y = logits(x, logit_scale, softcap)
     tl.store(p_z_y + o_c, z_y, mask=m_c)
-    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope_y, mask=m_c)
+    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope(z_y, logit_scale, softcap), mask=m_c)
     tl.store(p_base + o_c, finite(z_y), mask=m_c)
 
 

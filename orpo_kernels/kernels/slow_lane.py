@@ -71,7 +71,7 @@ def slow_kernel(
     base = tl.load(p_base + o_c, mask=m_slow, other=float("inf"))
     for i_v in range(tl.program_id(1), tl.cdiv(V, BV), SLICES):
         o_v = i_v * BV + tl.arange(0, BV)
-        z, slope = tile_logits(
+        z = tile_logits(
             p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, o_c, o_v, C, V, D,
             logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION,
         )  # fmt: skip
@@ -80,4 +80,6 @@ def slow_kernel(
         if EPILOGUE == MAXIMA:
             tl.store(p_out + o_c, tl.max(z, 1), mask=m_slow)
         else:
-            store_exponentials(p_tile, p_out, stride_t, z, slope, base, o_c, o_v, m_slow, softcap)
+            store_exponentials(
+                p_tile, p_out, stride_t, z, base, o_c, o_v, m_slow, logit_scale, softcap
+            )

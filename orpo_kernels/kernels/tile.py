@@ -57,29 +57,28 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def capped(x, cap):
-    """`cap * tanh(x / cap)` and its derivative by x, each right to a few units of its own last place."""
-    a = x / cap
-    t = tl.exp(-2.0 * tl.abs(a))
-    r = 1.0 / (1.0 + t)
-    far = (1.0 - t) * r
-    a2 = a * a
-    # 1 - t cancels near 0: the series is short of tanh by less than 1e-8 of it up to 0.25.
-    near = 1.0 + a2 * (-1.0 / 3 + a2 * (2.0 / 15 + a2 * (-17.0 / 315 + a2 * (62.0 / 2835))))
-    value = tl.where(a2 < 0.0625, x * near, tl.where(a < 0, -cap, cap) * far)
-    return tl.where(a == a, value, a), 4.0 * t * r * r
+    """`cap * tanh(x / cap)`, within 2e-7 of cap."""
+    # One number at a time for each logit: this runs beside BC BV accumulators.
+    return cap - (2.0 * cap) / (tl.exp2(x * (2.0 * LOG2_E / cap)) + 1.0)
 
 
 @triton.jit
-def transformed(x, logit_scale, softcap):
-    """Logits z from `W h + b`, and dz/dx of the soft-cap times logit_scale (logit_scale alone without one)."""
-    x = x * logit_scale
+def logits(x, logit_scale, softcap):
+    """Logits z = f(x) from x = `W h + b`."""
+    z = x * logit_scale
     if softcap is not None:
-        z, slope = capped(x, softcap)
-        slope = slope * logit_scale
+        z = capped(z, softcap)
+    return z
+
+
+@triton.jit
+def slope(z, logit_scale, softcap):
+    """f' where the logit is z."""
+    if softcap is not None:
+        t = z / softcap
+        return logit_scale * (1.0 - t * t)
     else:
-        z = x
-        slope = logit_scale
-    return z, slope
+        return logit_scale
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def tile_logits(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits [BC, BV] of tokens `o_c` and entries `o_v`, and their slope; repeats the last ones past the end."""
+    """Logits [BC, BV] of tokens `o_c` and entries `o_v`; past the end they repeat the last."""
     rows = hidden_rows(p_rows, o_c, C)
     columns = tl.minimum(o_v, V - 1)
     o_d = tl.arange(0, BD).to(tl.int64)
@@ -138,7 +137,7 @@ def tile_logits(
         p_w += tl.cast(BD, tl.int64) * stride_wd
     if p_bias is not None:
         x += tl.load(p_bias + columns).to(tl.float32)[None, :]
-    return transformed(x, logit_scale, softcap)
+    return logits(x, logit_scale, softcap)
 
 
 @triton.jit
@@ -162,13 +161,14 @@ def without(z, y, o_v, V):
 
 
 @triton.jit
-def store_exponentials(p_tile, p_sums, stride_t, z, slope, base, o_c, o_v, m_c, softcap):
+def store_exponentials(p_tile, p_sums, stride_t, z, base, o_c, o_v, m_c, logit_scale, softcap):
     """Row sums of the tile's exponentials, and the tile where `p_tile` is not None, for the rows in `m_c`."""
     e = shifted_exponentials(z, base[:, None])
     tl.store(p_sums + o_c, tl.sum(e, 1), mask=m_c)
     if p_tile is not None:
         if softcap is not None:
-            e = e * slope
+            # Not at -inf, the target's logit: e is 0 there.
+            e = e * slope(tl.maximum(z, -softcap), logit_scale, softcap)
         store_tile(p_tile, stride_t, e, o_c, o_v, m_c)
 
 
@@ -216,7 +216,7 @@ def tile_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     o_v = i_v * BV + tl.arange(0, BV)
     m_c = o_c < C
-    z, slope = tile_logits(
+    z = tile_logits(
         p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, o_c, o_v, C, V, D,
         logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION,
     )  # fmt: skip
@@ -228,12 +228,14 @@ def tile_kernel(
         c = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
         # L is -inf where there is no competitor; z is too, or it is the target.
         q = tl.exp(z - tl.where(reference == -float("inf"), 0.0, reference)[:, None])
-        g = c[:, None] * (slope * tl.where(o_v[None, :] == y[:, None], 1.0, -q))
-        store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
+        g = tl.where(o_v[None, :] == y[:, None], 1.0, -q) * slope(z, logit_scale, softcap) * c[:, None]
         if p_sums is not None:
             p_sums += i_c.to(tl.int64) * (n_v * BV)
             tl.store(p_sums + o_v, tl.sum(g, 0))
+        store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
     else:
         z = without(z, y, o_v, V)
         p_sums += i_v.to(tl.int64) * C
-        store_exponentials(p_tile, p_sums, stride_t, z, slope, reference, o_c, o_v, m_c, softcap)
+        store_exponentials(
+            p_tile, p_sums, stride_t, z, reference, o_c, o_v, m_c, logit_scale, softcap
+        )

@@ -94,7 +94,8 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
 
         # No competitor at all (V = 1): L = -inf, the target is certain, and q is 0.
         lse[chunk] = _finite(reference) + torch.log(sums)
-        gap[chunk] = lse[chunk] - z_y
+        # A target's logit of +inf is an overflow, not certainty.
+        gap[chunk] = torch.where(z_y == torch.inf, torch.nan, lse[chunk] - z_y)
         if u is not None and total is not None:
             del h
             inverse = torch.where(sums == 0, 0.0, 1.0 / sums)

@@ -222,11 +222,14 @@ class _Launcher:
         c = y.numel()
         slices = min(_SLICES, self.n_v)
 
+        # A loop around the tile needs registers, so tiles are half as tall.
+        shape = {**self.shape, "BC": max(self.config.block_c // 2, 16)}
+
         def launch(epilogue: Any, stored: Tensor | None) -> None:
-            slow_kernel[(triton.cdiv(c, self.config.block_c), slices)](
+            slow_kernel[(triton.cdiv(c, shape["BC"]), slices)](
                 hidden, rows, self.weight, self.bias, y, base, total, stored, partial,
                 *hidden.stride(), *self.weight.stride(), 0 if stored is None else stored.stride(0),
-                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, SLICES=slices, **self.shape,
+                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, SLICES=slices, **shape,
             )  # fmt: skip
 
         launch(MAXIMA, None)

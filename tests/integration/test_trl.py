@@ -1,0 +1,633 @@
+"""TRL's trainers beside ours: the same losses, gradients and metrics; where TRL is wrong, the right ones."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import datasets
+import orpo_kernels.integration.trl as ours
+import pytest
+import torch
+import trl.experimental.cpo as trl_cpo
+import trl.experimental.orpo as trl_orpo
+from orpo_kernels.integration.data import DataSummary
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+from trl.experimental.utils import DPODataCollatorWithPadding
+
+from orpo_kernels import Plan
+
+SENTENCES = [
+    "The answer is 46 because the question asks for it.",
+    "The answer is $46 and not 64. xyz xyz",
+] * 3
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+EOS, BOS = 0, 1
+
+
+def make_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with <|end|> (id 0, EOS and padding) and <|begin|> (id 1, BOS, not added)."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>", "<|begin|>", "<|start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    special = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|end|>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, **special)
+
+
+TOKENIZER = make_tokenizer()
+VOCAB = len(TOKENIZER)
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+SIZES |= {"pad_token_id": EOS, "bos_token_id": BOS, "eos_token_id": EOS}
+# Uneven lengths, so that batches pad.
+PAIRS = [
+    {
+        "prompt": "The answer is " * (1 + at % 2),
+        "chosen": "46" + " because" * (at % 3),
+        "rejected": "$46 and not"[: 3 + at],
+    }
+    for at in range(8)
+]
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **options))
+
+
+def gemma2() -> nn.Module:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0, attn_implementation="eager"))
+
+
+def mixtral(router: bool) -> nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **SIZES, num_local_experts=4, output_router_logits=router, router_aux_loss_coef=0.5
+    )
+    return MixtralForCausalLM(config)
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0)
+    )
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.grads:
+            self.grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def make(trainer: type, model: nn.Module, folder: Any, **options: Any) -> Any:
+    """A trainer of two pairs a batch and five steps, in fp32 on the CPU, unless the options say otherwise."""
+    names = set(inspect.signature(trl_orpo.ORPOTrainer).parameters) | {"plan"}
+    arguments = {name: options.pop(name) for name in names & set(options)}
+    defaults = {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    defaults |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "max_length": 128}
+    defaults |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    config = trl_cpo.CPOConfig if "CPO" in trainer.__name__ else trl_orpo.ORPOConfig
+    args = config(str(folder), **defaults | options)
+    defaults = {"train_dataset": datasets.Dataset.from_list(PAIRS), "processing_class": TOKENIZER}
+    return trainer(model, args, **defaults | arguments)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("CI", "1")  # TRL sends no telemetry then
+    datasets.disable_progress_bars()
+
+
+def steps(trainer: Any) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(
+    found: dict[str, float], expected: dict[str, float], left_out: tuple[str, ...] = (), rel: float = 1e-5
+):
+    timing = ("runtime", "per_second", "preparation_time")
+    found, expected = (
+        {name: value for name, value in one.items() if not name.endswith((*timing, *left_out))}
+        for one in (found, expected)
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        # A mean of logits cancels: TRL's own fp32 mean is no better than this.
+        assert found[name] == pytest.approx(value, rel=rel, abs=1e-7 if "logits/" in name else 0), name
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (found.double() - expected.double()).norm().item()
+    return difference / expected.double().norm().item() if difference else 0.0
+
+
+LORA = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+# ---- the same as TRL's ----
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "options"),
+    [
+        pytest.param("ORPOTrainer", llama, {}, id="llama"),
+        pytest.param(
+            "ORPOTrainer", llama, {"beta": 0.5, "gradient_accumulation_steps": 2}, id="accumulation"
+        ),
+        pytest.param("ORPOTrainer", llama, {"gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param("ORPOTrainer", lambda: mixtral(True), {}, id="router loss"),
+        pytest.param("ORPOTrainer", lambda: mixtral(False), {}, id="no router loss"),
+        pytest.param("ORPOTrainer", gemma2, {}, id="soft-cap"),
+        pytest.param("ORPOTrainer", t5, {"max_completion_length": 12}, id="encoder-decoder"),
+        pytest.param(
+            "ORPOTrainer",
+            llama,
+            {"peft_config": LoraConfig(**LORA, target_modules=["q_proj"]), "gradient_checkpointing": True},
+            id="LoRA",
+        ),
+        pytest.param(
+            "ORPOTrainer",
+            llama,
+            {"peft_config": LoraConfig(**LORA, target_modules=["lm_head"])},
+            id="LoRA on the head",
+        ),
+        pytest.param(
+            "ORPOTrainer",
+            llama,
+            {"peft_config": LoraConfig(**LORA, target_modules=["q_proj"], modules_to_save=["lm_head"])},
+            id="head saved by PEFT",
+        ),
+        pytest.param("CPOTrainer", llama, {}, id="CPO"),
+        pytest.param("CPOTrainer", lambda: mixtral(True), {"loss_type": "ipo"}, id="IPO, router loss"),
+        pytest.param("CPOTrainer", llama, {"loss_type": "simpo", "cpo_alpha": 0.0}, id="SimPO"),
+        pytest.param("CPOTrainer", t5, {"max_completion_length": 12}, id="CPO, encoder-decoder"),
+    ],
+)
+def test_five_steps(name, build, options, tmp_path):
+    runs = []
+    for module in (ours, trl_cpo if name == "CPOTrainer" else trl_orpo):
+        first = FirstGradients()
+        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], **options)
+        trainer.train()
+        runs.append((steps(trainer), first.grads))
+    (found, grads), (expected, expected_grads) = runs
+    assert len(found) == len(expected) == 5
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other, ("logits/chosen", "logits/rejected") if build is gemma2 else ())
+    assert ("logits/chosen" in found[0]) == (build is not gemma2)
+    assert grads.keys() == expected_grads.keys() != set()
+    for parameter, grad in expected_grads.items():
+        assert relative_error(grads[parameter], grad) < 1e-4, parameter
+
+
+def test_the_router_loss_counts(tmp_path):
+    """Else the comparison above would not notice it missing from both, nor twice in both."""
+    with_it, without = (
+        steps(trainer)[0]["loss"]
+        for router in (True, False)
+        if (trainer := make(ours.ORPOTrainer, mixtral(router), tmp_path, max_steps=1)) and trainer.train()
+    )
+    assert with_it - without > 0.5
+
+
+def test_no_logits(tmp_path):
+    """What the model returns while it trains and is evaluated has the placeholders' seven columns."""
+    model = llama()
+    widths = set()
+    model.register_forward_hook(lambda module, args, output: widths.add(output.logits.shape[-1]))
+    plan = Plan(scratch_bytes=1 << 20)
+    trainer = make(
+        ours.ORPOTrainer, model, tmp_path, eval_dataset=datasets.Dataset.from_list(PAIRS[:2]), plan=plan
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert widths == {7}
+    assert trainer._logps.plan is plan
+
+
+def test_bf16(tmp_path):
+    """Autocast: gradients no further from float64 than twice TRL's."""
+
+    def first(trainer: type, model: nn.Module, **options: Any) -> torch.Tensor:
+        callback = FirstGradients()
+        made = make(trainer, model, tmp_path, callbacks=[callback], max_steps=1, max_grad_norm=0.0, **options)
+        made.train()
+        assert all(parameter.dtype == next(model.parameters()).dtype for parameter in model.parameters())
+        assert math.isfinite(steps(made)[0]["loss"])
+        return torch.cat([grad.flatten().double() for grad in callback.grads.values()])
+
+    exact = first(ours.ORPOTrainer, llama().double())
+    found, stock = (first(t, llama(), bf16=True) for t in (ours.ORPOTrainer, trl_orpo.ORPOTrainer))
+    assert 1e-5 < relative_error(found, exact) < 2 * relative_error(stock, exact)
+
+
+def test_liger_kernels_beside_us(tmp_path):
+    """Liger replaces the model's forward, whose head stays ours. (Its layers need a GPU.)"""
+    off = {"rope": False, "rms_norm": False, "swiglu": False}
+    runs = []
+    for module, options in ((ours, {"use_liger_kernel": True, "liger_kernel_config": off}), (trl_orpo, {})):
+        trainer = make(module.ORPOTrainer, llama(), tmp_path, **options)
+        trainer.train()
+        runs.append(steps(trainer))
+        assert ("liger" in trainer.model.forward.__module__) == (module is ours)
+    for found, expected in zip(*runs, strict=True):
+        assert_same(found, expected)
+
+
+def test_resume_from_a_checkpoint(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    whole = make(
+        ours.ORPOTrainer, llama(), tmp_path, max_steps=3, **options | {"lr_scheduler_type": "constant"}
+    )
+    whole.train()
+    runs = []
+    for checkpoint in (None, f"{tmp_path}/checkpoint-3"):
+        trainer = make(ours.ORPOTrainer, llama(), tmp_path / "more", lr_scheduler_type="constant")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    assert [entry["step"] for entry in steps(runs[1])] == [1, 2, 3, 4, 5]
+    for entry, expected in zip(steps(runs[1])[3:], steps(runs[0])[3:], strict=True):
+        assert_same(entry, expected)
+    for found, expected in zip(runs[1].model.parameters(), runs[0].model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("build", [llama, lambda: mixtral(True)], ids=["llama", "mixtral"])
+def test_evaluation_over_examples(build, tmp_path):
+    rows = datasets.Dataset.from_list(PAIRS[:5])
+
+    def evaluate(module: Any, batch_size: int) -> dict[str, float]:
+        options = {"per_device_eval_batch_size": batch_size, "eval_dataset": rows}
+        return make(module.ORPOTrainer, build(), tmp_path, **options).evaluate()
+
+    expected = evaluate(trl_orpo, 5)  # one batch: its mean is the mean
+    assert expected["eval_rewards/accuracies"] not in (0, 1)
+    assert_same(evaluate(ours, 5), expected)
+    for size in (4, 1):
+        # Padding counts in TRL's mean logit and a router's loss is a batch's: those do depend on the batches.
+        by_batch = ("logits/chosen", "logits/rejected", *(() if build is llama else ("loss",)))
+        assert_same(evaluate(ours, size), expected, by_batch)
+    at_four = evaluate(trl_orpo, 4)
+    assert abs(at_four["eval_rewards/accuracies"] - expected["eval_rewards/accuracies"]) > 0.1
+
+
+def test_dict_of_evaluation_sets(tmp_path):
+    parts = {"a": datasets.Dataset.from_list(PAIRS[:2]), "b": datasets.Dataset.from_list(PAIRS[2:5])}
+    sets = {"a": parts["a"], "b": parts["b"].to_iterable_dataset()}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_b_rewards/margins"}
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, eval_dataset=sets, save_strategy="best", **options)
+    trainer.train()
+    together = trainer.evaluate()
+    assert not any(name.startswith("eval_rewards") for name in together)
+    assert {name for entry in trainer.state.log_history for name in entry} >= set(together) - {"epoch"}
+    for name, part in parts.items():
+        alone = make(ours.ORPOTrainer, llama(), tmp_path, eval_dataset=part).evaluate()
+        mine = {
+            key.replace(f"eval_{name}_", "eval_"): value
+            for key, value in together.items()
+            if f"_{name}_" in key
+        }
+        del alone["eval_model_preparation_time"]
+        assert_same(mine, alone)
+
+
+def test_predictions_reach_compute_metrics(tmp_path):
+    def run(module: Any, model: nn.Module) -> tuple[Any, dict[str, float]]:
+        seen = []
+        trainer = make(
+            module.ORPOTrainer,
+            model,
+            tmp_path,
+            eval_dataset=datasets.Dataset.from_list(PAIRS),
+            compute_metrics=lambda prediction: seen.append(prediction) or {"mine": 1.0},
+        )
+        return trainer.evaluate(), seen[0]
+
+    (metrics, found), (_, expected) = (run(module, llama()) for module in (ours, trl_orpo))
+    assert metrics["eval_mine"] == 1.0
+    assert found.predictions == pytest.approx(expected.predictions, rel=1e-5, abs=1e-7)
+    metrics, found = run(ours, gemma2())
+    assert all(math.isnan(value) for value in found.predictions)
+    assert "eval_logits/chosen" not in metrics
+
+
+def test_generation_during_evaluation(tmp_path, monkeypatch):
+    options = {"generate_during_eval": True, "per_device_eval_batch_size": 3, "max_length": 24}
+    options |= {"eval_dataset": datasets.Dataset.from_list(PAIRS)}
+    with pytest.raises(ValueError, match="requires Weights and Biases or Comet to be installed"):
+        make(ours.ORPOTrainer, llama(), tmp_path, **options)
+    monkeypatch.setattr(f"{trl_orpo.ORPOTrainer.__module__}.is_wandb_available", lambda: True)
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, **options)
+    calls = []
+    generate = trainer.generate_from_model
+
+    def spy(self, model, batch):
+        calls.append((batch, generate(model, batch)))
+        return calls[-1][1]
+
+    trainer.generate_from_model = MethodType(spy, trainer)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    ((batch, texts),) = calls
+    for prompt, ids, text in zip(batch["prompt"], batch["prompt_input_ids"].tolist(), texts, strict=True):
+        assert ids[-1] != EOS  # padded on the left
+        assert prompt.startswith(TOKENIZER.decode(ids, skip_special_tokens=True))
+        assert text.startswith(TOKENIZER.decode(ids, skip_special_tokens=True))
+
+
+# ---- streams and collators ----
+
+
+class OwnStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(PAIRS)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [datasets.Dataset.from_list(PAIRS).to_iterable_dataset(num_shards=2), OwnStream()],
+    ids=["datasets", "torch"],
+)
+def test_streams(stream, tmp_path):
+    options = {"eval_dataset": datasets.Dataset.from_list(PAIRS[:3]), "max_steps": 6}  # into a second epoch
+    in_order = make(ours.ORPOTrainer, llama(), tmp_path, train_sampling_strategy="sequential", **options)
+    in_order.train()
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, train_dataset=stream, **options)
+    assert trainer.data_summary is None
+    trainer.train()
+    trainer.evaluate()
+    for found, expected in zip(steps(trainer), steps(in_order), strict=True):
+        assert_same(found, expected, ("epoch",))
+
+
+def test_own_collator(tmp_path):
+    """A user's collator gets the columns of TRL's rows."""
+    collate = DPODataCollatorWithPadding(pad_token_id=7)
+    runs = []
+    for collator in (
+        None,
+        lambda rows: {k: v for k, v in collate(rows).items() if isinstance(v, torch.Tensor)},
+    ):
+        trainer = make(
+            ours.ORPOTrainer, llama(), tmp_path, data_collator=collator, remove_unused_columns=False
+        )
+        trainer.train()
+        runs.append(steps(trainer))
+    for found, expected in zip(*runs, strict=True):  # the padding id shows in the mean logits only
+        assert_same(found, expected, ("logits/chosen", "logits/rejected"))
+
+
+def test_empty_completions(tmp_path):
+    """TRL's weights turn NaN."""
+    collate = DPODataCollatorWithPadding(pad_token_id=EOS)
+
+    def emptied(rows: list[dict]) -> dict[str, Any]:
+        batch = collate(rows)
+        batch["chosen_labels"][0] = -100
+        return batch
+
+    runs = {}
+    for module in (ours, trl_orpo):
+        options = {"data_collator": emptied, "remove_unused_columns": False, "max_steps": 2}
+        runs[module] = make(module.ORPOTrainer, llama(), tmp_path, **options)
+        runs[module].train()
+    assert not any(p.isfinite().all() for p in runs[trl_orpo].model.parameters())
+    assert all(p.isfinite().all() for p in runs[ours].model.parameters())
+    assert all(math.isfinite(value) for entry in steps(runs[ours]) for value in entry.values())
+    first = steps(runs[ours])[0]
+    assert first["nll_loss"] == pytest.approx(steps(runs[trl_orpo])[0]["nll_loss"], rel=1e-5)
+    # The other pair of the batch alone makes the odds-ratio term.
+    assert first["loss"] == pytest.approx(first["nll_loss"] - 0.1 * first["log_odds_ratio"], rel=1e-5)
+    assert first["log_odds_ratio"] < 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"train_dataset": PAIRS}, r"train_dataset is a list: use a datasets\.Dataset \(Dataset\.from_list"),
+        ({"eval_dataset": {"a": PAIRS}}, r"eval_dataset\['a'\] is a list"),
+        ({"train_dataset": {"train": 1}}, r"train_dataset is a dict of \['train'\]: give one of these"),
+    ],
+)
+def test_data_sets_of_another_kind(dataset, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        make(ours.ORPOTrainer, llama(), tmp_path, **dataset)
+
+
+# ---- rows ----
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def tokenized(trainer: type, rows: list[dict], tmp_path: Any, **options: Any) -> list[dict]:
+    return list(
+        make(
+            trainer, llama(), tmp_path, train_dataset=datasets.Dataset.from_list(rows), **options
+        ).train_dataset
+    )
+
+
+ORDINARY = {
+    "strings": PAIRS,
+    "boundary inside a token": [{"prompt": "The answer is ", "chosen": "46", "rejected": "$46"}],
+    "specials inside": [{"prompt": "<|begin|>The<|end|>", "chosen": "a<|end|> b", "rejected": "46<|end|>"}],
+    "empty parts": [
+        {"prompt": "", "chosen": "46", "rejected": "$46"},
+        {"prompt": "The", "chosen": "", "rejected": "a"},
+    ],
+    "messages": [{"prompt": [user("q")], "chosen": [assistant("46")], "rejected": [assistant("$46")]}],
+    "implied prompt": [{"chosen": [user("q"), assistant("46")], "rejected": [user("q"), assistant("$46")]}],
+    "prompt inside the answers": [
+        {"prompt": "q", "chosen": [user("q"), assistant("46")], "rejected": [user("q"), assistant("$46")]}
+    ],
+    "implied prompt, strings": [{"chosen": "The answer is 46", "rejected": "The answer is $46"}],
+}
+
+
+@pytest.mark.parametrize("special", [{}, {"bos_token": None}], ids=["BOS", "no BOS"])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_rows_that_fit_are_as_trl_has_them(name, special, tmp_path):
+    tokenizer = make_tokenizer(**special)
+    found, expected = (
+        tokenized(module.ORPOTrainer, ORDINARY[name], tmp_path, processing_class=tokenizer)
+        for module in (ours, trl_orpo)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert {column: one[column] for column in other} == other
+
+
+def test_several_tokens_that_merge_across_the_boundary(tmp_path):
+    """`xy` + `z` is one token, ` xyz`; TRL refuses the row."""
+    rows = [{"prompt": "is xy", "chosen": "z", "rejected": "zz"}]
+    with pytest.raises(ValueError, match="should have the same length"):
+        tokenized(trl_orpo.ORPOTrainer, rows, tmp_path)
+    (row,) = tokenized(ours.ORPOTrainer, rows, tmp_path)
+    chosen = row["chosen_labels"]
+    assert TOKENIZER.convert_ids_to_tokens([label for label in chosen if label != -100]) == [
+        "Ġxyz",
+        "<|end|>",
+    ]
+    assert TOKENIZER.decode(row["prompt_input_ids"]) == "<|begin|>is"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "longest", "expected"),
+    [
+        (40, 10, 5, 32, (22, 10, 5)),
+        (200, 1000, 500, 1024, (200, 824, 500)),
+        (200, 2000, 500, 1024, (200, 824, 500)),
+    ],
+)
+def test_rows_that_are_too_long_keep_their_completions(prompt, chosen, rejected, longest, expected, tmp_path):
+    """Counts of tokens, the prompt's BOS and the completion's EOS included."""
+    texts = {"prompt": "4" * (prompt - 1), "chosen": "6" * (chosen - 1), "rejected": "6" * (rejected - 1)}
+    trainer = make(
+        ours.ORPOTrainer,
+        llama(),
+        tmp_path,
+        train_dataset=datasets.Dataset.from_list([texts]),
+        max_length=longest,
+    )
+    (row,) = trainer.train_dataset
+    kept = [sum(label != -100 for label in row[f"{side}_labels"]) for side in ("chosen", "rejected")]
+    assert (len(row["prompt_input_ids"]), *kept) == expected
+    for side, length, count in (("chosen", chosen, kept[0]), ("rejected", rejected, kept[1])):
+        assert row[f"{side}_input_ids"][: expected[0]] == row["prompt_input_ids"]
+        assert row["prompt_input_ids"][0] == BOS
+        assert (row[f"{side}_labels"][-1] == EOS) == (count == length)
+        assert (
+            len(row[f"{side}_labels"]) == len(row[f"{side}_attention_mask"]) == expected[0] + count <= longest
+        )
+    assert trainer.data_summary == DataSummary.from_rows([row], longest, 2)
+    assert trainer.data_summary.overlong_prompts == (prompt > longest)
+
+
+def test_padding_that_is_the_end_token(tmp_path):
+    """The true end is scored, padding never, and token 0 inside an answer is a token like any other."""
+    rows = [
+        {"prompt": "The", "chosen": "46<|end|> 46", "rejected": "$46"},
+        {"prompt": "The answer is", "chosen": " 46", "rejected": " because the question asks"},
+    ]
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, train_dataset=datasets.Dataset.from_list(rows))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    _, targets, nll_targets, _ = trainer._score(trainer.model, batch, EOS, prompt_nll=True)
+    assert (targets == EOS).sum(1).tolist() == [2, 1, 1, 1]
+    for side, part in zip(("chosen", "rejected"), targets.split(2), strict=True):
+        for row, target in zip(trainer.train_dataset, part.tolist(), strict=True):
+            labels = [label for label in row[f"{side}_labels"] if label != -100]
+            assert [label for label in target if label != -100] == labels
+            assert labels[-1] == EOS
+    assert (nll_targets != -100).sum(1).tolist() == [
+        len(r["chosen_input_ids"]) - 1 for r in trainer.train_dataset
+    ]
+
+
+def test_summary_and_rows_with_nothing_to_score(tmp_path, caplog):
+    tokenizer = make_tokenizer(eos_token=None)
+    rows = [*PAIRS[:3], {"prompt": "The", "chosen": "", "rejected": ""}]
+    options = {"processing_class": tokenizer, "train_sampling_strategy": "group_by_length"}
+    with caplog.at_level("INFO", "orpo_kernels"):
+        trainer = make(
+            ours.ORPOTrainer,
+            llama(),
+            tmp_path,
+            train_dataset=datasets.Dataset.from_list(rows),
+            max_steps=1,
+            **options,
+        )
+    summary = trainer.data_summary
+    assert (summary.pairs, summary.dropped) == (len(trainer.train_dataset), 1) == (3, 1)
+    assert summary.tokens == sum(
+        len(row[f"{side}_input_ids"]) for row in trainer.train_dataset for side in ("chosen", "rejected")
+    )
+    assert "3 pairs" in caplog.text
+    assert list(trainer._get_train_sampler().lengths) == trainer.train_dataset["length"][:]
+    trainer.train()
+
+
+def test_processes(tmp_path):
+    rows, expected = (tokenized(ours.ORPOTrainer, PAIRS, tmp_path, dataset_num_proc=n) for n in (2, None))
+    assert rows == expected
+
+
+# ---- versions ----
+
+
+def missing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("version", "hidden", "found"),
+    [
+        (lambda name: "1.17.0", False, "found trl 1.17.0"),
+        (lambda name: "0.24.0", True, r"found trl 0.24.0 \(.*trl.experimental.orpo"),
+        (missing, True, r"found trl none \("),
+    ],
+    ids=["newer", "older", "missing"],
+)
+def test_versions(version: Callable[[str], str], hidden: bool, found: str, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.delitem(sys.modules, ours.__name__)
+    if hidden:
+        monkeypatch.setitem(sys.modules, "trl.experimental.orpo", None)
+        monkeypatch.setitem(sys.modules, "trl.experimental.cpo", None)
+    with pytest.raises(ImportError, match=rf"needs trl>=1.16,<1.17 .*{found}.*pip install 'trl>=1.16,<1.17'"):
+        importlib.import_module(ours.__name__)
+
+
+def test_the_rest_needs_no_trl():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('trl', 'peft', 'datasets'))); "
+        "import orpo_kernels, orpo_kernels.integration.transformers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
