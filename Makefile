@@ -17,10 +17,10 @@ demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(BIN)/.test
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

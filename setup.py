@@ -34,6 +34,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-timeout>=2",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "mpmath>=1.3",
             "ruff==0.17.6",

@@ -228,11 +228,11 @@ def tile_kernel(
         c = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
         # L is -inf where there is no competitor; z is too, or it is the target.
         q = tl.exp(z - tl.where(reference == -float("inf"), 0.0, reference)[:, None])
-        g = tl.where(o_v[None, :] == y[:, None], 1.0, -q) * slope(z, logit_scale, softcap) * c[:, None]
+        g = c[:, None] * (slope(z, logit_scale, softcap) * tl.where(o_v[None, :] == y[:, None], 1.0, -q))
+        store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
         if p_sums is not None:
             p_sums += i_c.to(tl.int64) * (n_v * BV)
             tl.store(p_sums + o_v, tl.sum(g, 0))
-        store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
     else:
         z = without(z, y, o_v, V)
         p_sums += i_v.to(tl.int64) * C
