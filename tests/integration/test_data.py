@@ -19,12 +19,12 @@ from orpo_kernels.integration.collator import PreferenceCollator
 from orpo_kernels.integration.data import (
     TOKENIZED_COLUMNS,
     DataSummary,
-    _prompt_length_by_text,
     normalize_example,
     prepare_dataset,
     tokenize_pair,
     truncate_pair,
 )
+from orpo_kernels.integration.tokenization import prompt_length_by_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -297,7 +297,7 @@ class OneMarkPerByte:
 
 
 def test_slow_tokenizer_within_a_character():
-    assert _prompt_length_by_text([1, 2, 3, 4, 5, 6], [7], OneMarkPerByte()) == 5
+    assert prompt_length_by_text([1, 2, 3, 4, 5, 6], [7], OneMarkPerByte()) == 5
 
 
 TEXT = st.text(alphabet="The answer is $46.\n é😀xyz<|", max_size=30)
