@@ -30,6 +30,7 @@ setup(
         "test": [
             *DEMO,
             *TRL,
+            "liger-kernel>=0.8",
             "triton>=3.6",
             "pytest>=8",
             "pytest-benchmark>=4",

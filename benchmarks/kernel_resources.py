@@ -1,17 +1,20 @@
 """What the Triton kernels compile to, card by card, without a card.
 
-    python benchmarks/kernel_resources.py [--targets 90 gfx942] [--sweep] [--jobs 2]
+    python benchmarks/kernel_resources.py [--targets 90 gfx942] [--brief | --sweep] [--jobs 2]
 
 Compiles every kernel as the launcher asks for it: the backend's own functions run on tensors without memory
 (torch's "meta" device), with Triton told to compile for the target and not to launch. So dtypes, strides,
 alignment and options are those of a real call, and what is read off the machine code is what will run:
 
-    registers a thread (of 255; AMD: vector registers of 512)   stack and spill instructions, which should be none
-    shared memory, and what the target has                      tensor-core instructions, without which bf16 crawls
+    registers a thread (of 255; AMD: vector registers of 512); stack and spills, of which there should be none
+    shared memory, and how much of it the target has
+    tensor-core instructions, without which bf16 crawls
     the widest load and store from global memory, in bits
 
-Exit status 1 if a kernel spills, needs more shared memory than there is, or multiplies bf16 without tensor cores.
-`--sweep` goes through every shape in `configs.candidates` instead of the default ones.
+Exit status 1 if a kernel spills, needs more shared memory than there is, or multiplies bf16 without tensor
+cores.
+Covered are the tiles that the launcher picks for a large head, a small one and few tokens, in bf16 and fp32;
+`--brief` takes only the large head, with a bias, in bf16; `--sweep` every shape in `configs.candidates`.
 """
 
 from __future__ import annotations
@@ -49,8 +52,10 @@ TARGETS = {
     name: configs.cuda_target(int(name)) if name.isdigit() else configs.hip_target(name)
     for name in ("80", "90", "100", "120", "gfx942")
 }
-# Llama 3's head, a small model's, and a handful of tokens: each kind of shape has its default tile.
+# N, D and V of Llama 3's head, a small model's, and a handful of tokens.
 PROBLEMS = ((1024, 4096, 128256), (1024, 576, 49152), (32, 4096, 128256))
+# What a head may have, and the tokens' row indices: nothing; bias and scale; and a soft-cap as well.
+HEADS = ("plain", "bias", "capped")
 EPILOGUES = {
     SUMS.value: "sums",
     EXPONENTIALS.value: "exponentials",
@@ -61,13 +66,13 @@ NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Work(NamedTuple):
-    """One run of the backend's functions. full: with row indices, bias, scale and soft-cap; else with none."""
+    """One run of the backend's functions, with one of PROBLEMS and of HEADS; config None for the defaults."""
 
     target: Target
-    config: TileConfig
     dtype: torch.dtype
-    full: bool
+    head: str
     problem: tuple[int, int, int]
+    config: TileConfig | None = None
 
 
 class Usage(NamedTuple):
@@ -82,8 +87,11 @@ class Usage(NamedTuple):
 
 
 class Compiled(NamedTuple):
+    """A kernel of a run, the shape of its tile and the options it was launched with, and what that takes."""
+
     work: Work
     kernel: str
+    tile: str
     usage: Usage
 
     @property
@@ -98,15 +106,20 @@ class Compiled(NamedTuple):
         return [fault for fault, is_so in found.items() if is_so]
 
 
-def works(target: Target, sweep: bool) -> Iterator[Work]:
-    """The runs that cover a target: its default tiles, with and without everything a head may have."""
-    for dtype in (torch.bfloat16, torch.float32):
-        variants = (False, True) if dtype == torch.bfloat16 or sweep else (True,)
-        cases = {configs.default(target, dtype, n, d): (n, d, v) for n, d, v in reversed(PROBLEMS)}
-        if sweep:
-            cases = dict.fromkeys(configs.candidates(target, dtype), PROBLEMS[0])
-        for (config, problem), full in itertools.product(cases.items(), variants):
-            yield Work(target, config, dtype, full, problem)
+def works(target: Target, extent: str) -> Iterator[Work]:
+    """The runs of a target: its default tiles ("default"), those of one head ("brief"), or all ("sweep")."""
+    large, small, few = PROBLEMS
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if extent == "brief":
+        yield Work(target, bf16, "bias", large)
+    elif extent == "default":
+        yield from (Work(target, bf16, head, large) for head in HEADS)
+        yield from (Work(target, bf16, "capped", problem) for problem in (small, few))
+        yield from (Work(target, fp32, "capped", problem) for problem in (large, few))
+    else:
+        for dtype, head in itertools.product((bf16, fp32), HEADS):
+            for config in configs.candidates(target, dtype):
+                yield Work(target, dtype, head, large, config)
 
 
 class _NoCard:
@@ -129,34 +142,34 @@ def compile_kernels(work: Work) -> list[Compiled]:
     """Every kernel that a forward with gradient, one without, and a weight gradient launch."""
     n, d, v = work.problem
     meta = functools.partial(torch.empty, device="meta")
-    rows = meta(n, dtype=torch.int64) if work.full else None
-    bias = meta(v, dtype=work.dtype) if work.full else None
-    scale, cap = (0.5, 30.0) if work.full else (1.0, None)
+    plain, capped = work.head == "plain", work.head == "capped"
+    rows = None if plain else meta(n, dtype=torch.int64)
+    bias = None if plain else meta(v, dtype=work.dtype)
     tokens = Tokens(meta(n, d, dtype=work.dtype), rows, meta(n, dtype=torch.int64))
-    head = Head(meta(v, d, dtype=work.dtype), bias, scale, cap, work.dtype)
+    weight = meta(v, d, dtype=work.dtype)
+    head = Head(weight, bias, 1.0 if plain else 0.5, 30.0 if capped else None, work.dtype)
     schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0)
     numbers = meta(n, dtype=torch.float32)
 
-    launched: dict[str, Any] = {}
-    run = triton.JITFunction.run
+    launched: dict[tuple[str, str], Any] = {}
+    run, target_of = triton.JITFunction.run, configs.target_of
 
     def compile_only(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched[_kernel_name(self, args, kwargs)] = compiled
+        launched[_kernel_name(self, args, kwargs), _tile(kwargs)] = compiled
         return compiled
 
     triton.JITFunction.run = compile_only
+    configs.target_of = lambda device: work.target
     driver.set_active(_NoCard(work.target))
     try:
         for want_u in (False, True):
             triton_path.forward(tokens, head, schedule, want_u, config=work.config)
-        triton_path.weight_gradient(
-            tokens, head, numbers, numbers, None, schedule, True, True, config=work.config
-        )
+        triton_path.weight_gradient(tokens, head, numbers, numbers, None, schedule, True, True, config=work.config)
     finally:
-        triton.JITFunction.run = run
+        triton.JITFunction.run, configs.target_of = run, target_of
     usage = _nvidia_usage if work.target.backend == "cuda" else _amd_usage
-    return [Compiled(work, name, usage(kernel)) for name, kernel in launched.items()]
+    return [Compiled(work, *what, usage(kernel)) for what, kernel in launched.items()]
 
 
 def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -166,6 +179,11 @@ def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     epilogue = EPILOGUES[kwargs["EPILOGUE"].value]
     stores = args[kernel.arg_names.index("p_tile")] is not None
     return f"{name} {epilogue if stores or epilogue != 'exponentials' else 'sums'}"
+
+
+def _tile(launch: dict[str, Any]) -> str:
+    shape = "x".join(str(launch[size]) for size in ("BC", "BV", "BD") if size in launch)
+    return f"{shape} {launch.get('num_warps', 4)}w" + (f" {launch['num_stages']}s" if "num_stages" in launch else "")
 
 
 def _nvidia_usage(kernel: Any) -> Usage:
@@ -221,12 +239,10 @@ def _tool(name: str, *args: str) -> str:
 def line(compiled: Compiled) -> str:
     work, usage = compiled.work, compiled.usage
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
-    shape = f"{work.config.block_c}x{work.config.block_v}x{work.config.block_d}"
-    options = f"{work.config.num_warps}w {work.config.num_stages}s"
     products = f"{len(usage.products)} {usage.products[0]}" if usage.products else "-"
     shared = f"{usage.shared / configs.KIB:.0f}/{work.target.shared_memory // configs.KIB}"
     return (
-        f"{work.target.arch!s:>7} {dtype} {'full ' if work.full else 'plain'} {shape:>11} {options:>6}  "
+        f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<18}"
         f"{compiled.kernel:<18} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
         f"{products:>12} {usage.widest[0]:>5} {usage.widest[1]:>5}  {', '.join(compiled.faults)}"
     )
@@ -235,23 +251,29 @@ def line(compiled: Compiled) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--sweep", action="store_true", help="every candidate shape, not only the defaults")
+    extent = parser.add_mutually_exclusive_group()
+    for name, meaning in (("brief", "one default tile a target"), ("sweep", "every candidate shape")):
+        extent.add_argument(f"--{name}", dest="extent", action="store_const", const=name, help=meaning)
+    parser.set_defaults(extent="default")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
 
-    work = [w for name in args.targets for w in works(TARGETS[name], args.sweep)]
+    work = [w for name in args.targets for w in works(TARGETS[name], args.extent)]
     print(
-        f"{'target':>7} {'operands':<10} {'tile':>11} {'':>6}  {'kernel':<18} {'regs':>4} {'stack':>5} "
+        f"{'target':>7} {'operands':<11} {'tile':<18}{'kernel':<18} {'regs':>4} {'stack':>5} "
         f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5}  faults"
     )
-    count, faulty = 0, 0
+    seen: set[str] = set()
+    faulty = 0
     # Fresh processes: Triton's state for one target does not meet another's.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for compiled in itertools.chain.from_iterable(pool.map(compile_kernels, work)):
-            print(line(compiled), flush=True)
-            count += 1
-            faulty += bool(compiled.faults)
-    print(f"{count} kernels on {len(args.targets)} targets, {faulty} with faults; triton {triton.__version__}")
+            row = line(compiled)
+            if row not in seen:
+                seen.add(row)
+                faulty += bool(compiled.faults)
+                print(row, flush=True)
+    print(f"{len(seen)} kernels, {faulty} with faults; triton {triton.__version__}")
     return 1 if faulty else 0
 
 

@@ -1,8 +1,8 @@
 """Metrics over examples rather than over batches.
 
 A batch leaves one row of numbers a pair: summed log-probs and token counts, all the objective needs. Metrics
-are the objective of all rows at once, so they do not depend on how the pairs were batched, and the pairs that a
-distributed sampler repeats can be dropped by the usual gathering.
+are the objective of all rows at once, so they do not depend on how the pairs were batched, and the pairs that
+a distributed sampler repeats can be dropped by the usual gathering.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pair_rows(
         nll_mask.sum(-1),
         logits[:pairs],
         logits[pairs:],
-        (torch.zeros_like(nll) if aux_loss is None else aux_loss.detach().expand_as(nll)),
+        torch.zeros_like(nll) if aux_loss is None else aux_loss.detach().expand_as(nll),
     )
     return torch.stack([column.to(logps) for column in columns], dim=1)
 
@@ -67,9 +67,8 @@ def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, floa
         beta=beta,
         preset=preset,
     )
-    known = {} if logits_chosen.isnan().any() else {
-        "logits_chosen": logits_chosen.mean(),
-        "logits_rejected": logits_rejected.mean(),
-    }
+    known = {}
+    if not logits_chosen.isnan().any():
+        known = {"logits_chosen": logits_chosen.mean(), "logits_rejected": logits_rejected.mean()}
     metrics = {"loss": output.loss + aux_loss.mean(), **output.metrics(**known)}
     return {name: float(value) for name, value in metrics.items()}

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter import active_adapters, layer_inside
+
 # In the order in which they are called: beneath accelerate's hook, `forward` is the hook's.
 _SLOTS = ("_old_forward", "forward")
 # What stood in the slot, where it was more than the class's own forward.
@@ -34,23 +36,43 @@ def bare_model(model: nn.Module) -> Any:
 
 def find_head(model: nn.Module) -> nn.Linear:
     """The linear layer that makes the logits, beneath whatever wraps it; raises ValueError if there is none."""
+    return head_and_adapters(model)[0]
+
+
+def head_and_adapters(model: nn.Module) -> tuple[nn.Linear, list[nn.Module]]:
+    """The same, and PEFT's layers around it, the outermost first."""
     bare = bare_model(model)
-    head = found = bare.get_output_embeddings()
-    while not isinstance(head, nn.Linear):
-        inner = None
-        saved = getattr(head, "modules_to_save", None)
-        if isinstance(saved, nn.ModuleDict):  # PEFT's copy of a head that trains whole
-            active = head.active_adapter
-            inner = saved[active if isinstance(active, str) else active[0]]
-        elif isinstance(head, nn.Module):
-            inner = next((vars(head)["_modules"][name] for name in _LAYERS_INSIDE if name in head._modules), None)
+    layer = found = bare.get_output_embeddings()
+    adapters = []
+    while not isinstance(layer, nn.Linear):
+        inner = layer_inside(layer)
+        if inner is not None:
+            adapters.append(layer)
+        elif isinstance(layer, nn.Module):
+            inner = _inside_wrapper(layer)
         if inner is None:
             raise ValueError(
                 f"the head of {type(bare).__name__} is {type(found).__name__}: only a plain nn.Linear head is exact "
                 "here. Put adapters and checkpoint wrappers on other layers than the head"
             )
-        head = inner
-    return head
+        layer = inner
+    return layer, adapters
+
+
+def patch_adapters(layers: list[nn.Module], forward: Callable[..., Tensor]) -> None:
+    """`patch` the LoRA layers among PEFT's around a head, and what their active adapters end in."""
+    for layer in layers:
+        factors: Any = getattr(layer, "lora_B", None)
+        for name in [] if factors is None else active_adapters(layer):
+            factor = factors[name]
+            while (inner := _inside_wrapper(factor)) is not None:
+                factor = inner
+            patch(factor, forward)
+            patch(layer, forward)
+
+
+def _inside_wrapper(layer: nn.Module) -> nn.Module | None:
+    return next((layer._modules[name] for name in _LAYERS_INSIDE if name in layer._modules), None)
 
 
 def is_tensor_parallel(head: nn.Linear) -> bool:
@@ -58,7 +80,7 @@ def is_tensor_parallel(head: nn.Linear) -> bool:
     return _is_tp_forward(vars(head).get(_DISPLACED))
 
 
-def patch(head: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+def patch(head: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Let `forward(head, input)` stand in for the head's own; nothing happens if it does already.
 
     Raises ValueError where the head has a forward whose product is not known to be nn.Linear's.
@@ -68,18 +90,19 @@ def patch(head: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> No
     function = getattr(present, "__func__", None)
     if function is forward:
         return
-    if type(head).forward is not nn.Linear.forward:
+    if isinstance(head, nn.Linear) and type(head).forward is not nn.Linear.forward:
         raise ValueError(
-            f"the head is a {type(head).__name__} with a forward of its own: only nn.Linear's product is exact here"
+            f"the head is a {type(head).__name__} with a forward of its own: only nn.Linear's product is exact "
+            "here. Leave a quantised model's head as it was (llm_int8_skip_modules)"
         )
     if _is_tp_forward(present):
         setattr(head, _DISPLACED, present)
-    elif present is not None and function is not nn.Linear.forward:
+    elif present is not None and function is not type(head).forward:
         raise ValueError(f"the head's forward has been replaced by {present!r}: remove that patch before attaching")
     setattr(head, slot, types.MethodType(forward, head))
 
 
-def unpatch(head: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+def unpatch(head: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Undo `patch`, whatever has been wrapped around the head or taken off it since."""
     attributes = vars(head)
     for slot in _SLOTS:
@@ -93,10 +116,10 @@ def unpatch(head: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> 
             setattr(head, slot, types.MethodType(type(head).forward, head))
 
 
-def plain_forward(head: nn.Linear, input: Tensor) -> Tensor:
+def plain_forward(head: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What the head does when nothing is asked of it."""
     displaced = getattr(head, _DISPLACED, None)
-    return type(head).forward(head, input) if displaced is None else displaced(input)
+    return type(head).forward(head, input, *args, **kwargs) if displaced is None else displaced(input)
 
 
 def _is_tp_forward(function: Any) -> bool:

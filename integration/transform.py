@@ -70,6 +70,27 @@ def infer_transform(seen: Sequence[float], dtype: torch.dtype) -> Transform:
     )
 
 
+def check_untrained(logits: Tensor) -> None:
+    """Raises RuntimeError where a parameter that trains had a part in making `logits` from the placeholders.
+
+    A scale that is learned, say: no gradient would ever reach it.
+    """
+    nodes, seen = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        # Behind a function written in Python lies more than the placeholders' path: our fork, a wrapper's hook.
+        if node is None or node in seen or isinstance(node, torch.autograd.function.BackwardCFunction):
+            continue
+        seen.add(node)
+        parameter = getattr(node, "variable", None)
+        if parameter is not None:
+            raise RuntimeError(
+                f"the model changes its logits after the head by a parameter that trains, {tuple(parameter.shape)}: "
+                "its gradient needs the logits. Freeze it (requires_grad_(False)); its value is then taken exactly"
+            )
+        nodes.extend(following for following, _ in node.next_functions)
+
+
 def _agree(y: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(torch.allclose(y, expected, rtol=tolerance, atol=tolerance * 1e-2))
 

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
-from orpo_kernels.objective import OrpoOutput
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
@@ -37,7 +36,7 @@ class ORPOConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what ORPO adds; names and defaults as TRL's where it has them."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator needs the tokenised columns."}
     )
     max_length: int | None = field(
@@ -104,6 +103,9 @@ class ORPOTrainer(Trainer):
     Raises ValueError for arguments that do not fit, before anything is loaded.
     """
 
+    args: ORPOConfig
+    model: Any
+
     def __init__(
         self,
         model: nn.Module | str | None = None,
@@ -128,7 +130,7 @@ class ORPOTrainer(Trainer):
         if processing_class is None:
             if model is None:
                 raise ValueError("processing_class is None: with model_init, give the tokenizer")
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)  # type: ignore[union-attr]
         if model is not None:
             model = _prepare_model(model, args, peft_config)
         elif peft_config is not None:
@@ -144,12 +146,21 @@ class ORPOTrainer(Trainer):
             (train_dataset, args.per_device_train_batch_size),
             (eval_dataset, args.per_device_eval_batch_size),
         ):
-            rows, summary = (None, None) if dataset is None else prepare_dataset(
-                dataset, processing_class, args.max_length, dataset_num_proc=args.dataset_num_proc, batch_size=batch_size
-            )
+            rows = summary = None
+            if dataset is not None:
+                rows, summary = prepare_dataset(
+                    dataset,
+                    processing_class,
+                    args.max_length,
+                    dataset_num_proc=args.dataset_num_proc,
+                    batch_size=batch_size,
+                )
             prepared.append(rows)
             summaries.append(summary)
         self.data_summary, self.eval_data_summary = summaries
+        if args.accelerator_config.dispatch_batches is None:
+            # Sent from one process to the others, the batches of a stream would have to be of one length.
+            args.accelerator_config.dispatch_batches = False
         self._train_rows: list[Tensor] = []
         self._eval_rows: list[Tensor] = []
         self._logps: ModelLogps | None = None
@@ -172,8 +183,8 @@ class ORPOTrainer(Trainer):
 
     def orpo(
         self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | None = None
-    ) -> tuple[Tensor, OrpoOutput, Tensor, Any]:
-        """(loss, output, the pairs' rows for metrics, the model's outputs) of one batch.
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(loss, the pairs' rows for metrics, the model's outputs) of one batch.
 
         counts: [2], the NLL tokens (or sequences) and valid pairs to divide by, in place of the batch's own.
         """
@@ -192,7 +203,7 @@ class ORPOTrainer(Trainer):
         )
         targets = targets.to(logps.device)
         nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
-        output = orpo_from_logps(
+        loss = orpo_from_logps(
             logps,
             targets,
             nll_targets=nll_targets,
@@ -200,8 +211,7 @@ class ORPOTrainer(Trainer):
             preset=self.preset,
             nll_normalizer=None if counts is None else counts[0],
             pair_normalizer=None if counts is None else counts[1],
-        )
-        loss = output.loss
+        ).loss
         if counts is not None:
             # DDP averages gradients over processes; the counts are already global.
             loss = loss * self.accelerator.num_processes
@@ -212,12 +222,12 @@ class ORPOTrainer(Trainer):
         else:
             aux_loss = None
         rows = pair_rows(logps, targets, nll_targets, outputs.get("mean_logits"), aux_loss=aux_loss)
-        return loss, output, rows, outputs
+        return loss, rows, outputs
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, output, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
+        loss, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
         self._train_rows.append(self.accelerator.gather_for_metrics(rows))
         return (loss, outputs) if return_outputs else loss
 
@@ -236,7 +246,7 @@ class ORPOTrainer(Trainer):
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if self._groups_by_length(rows):
             batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return LengthGroupedSampler(batch_size, lengths=[row["length"] for row in rows])
@@ -259,14 +269,15 @@ class ORPOTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, _, rows, _ = self.orpo(model, inputs)
+            loss, rows, _ = self.orpo(model, inputs)
         self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Transformers' loop, its loss (a mean of batch means) replaced by the objective of all pairs at once."""
         self._eval_rows = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        metric_key_prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", "eval")
         metrics = self._metrics(self._eval_rows)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -279,15 +290,16 @@ class ORPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _metrics(self, rows: list[Tensor]) -> dict[str, float]:
+        assert self.args.beta is not None  # ORPOConfig has put the preset's in its place
         return pair_metrics(torch.cat(rows), beta=self.args.beta, preset=self.preset) if rows else {}
 
 
 def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
-        if all(parameter.is_floating_point() for parameter in model.parameters()):
-            # Unpacked when it was loaded, so a plain model; Trainer would refuse it by its origin.
-            quantizer.remove_quantization_config(model)
+    from_gguf = quantizer is not None and quantizer.quantization_config.quant_method == "gguf"
+    if from_gguf and all(parameter.is_floating_point() for parameter in model.parameters()):
+        # Unpacked when it was loaded, so a plain model; Trainer would refuse it by its origin.
+        quantizer.remove_quantization_config(model)
     if peft_config is not None:
         try:
             from peft import PeftModel, get_peft_model
@@ -300,11 +312,11 @@ def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     if checkpointing and hasattr(model, "enable_input_require_grads"):
         # With frozen embeddings nothing that enters a checkpoint would require a gradient.
-        model.enable_input_require_grads()
+        model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+                module.attention_dropout = 0.0  # type: ignore[assignment]
     return model

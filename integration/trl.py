@@ -15,8 +15,8 @@ TRL 1.16 is wrong or stops there:
   are means of batch means in which a smaller last batch weighs as much as the others. Each of a dict of
   evaluation sets has metrics of its own, `eval_NAME_rewards/margins`, where TRL says `eval_rewards/margins`
   for all.
-- Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream keeps only the
-  columns that become tensors, and needs `max_steps`.
+- Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream needs
+  `max_steps`; each process reads all of it and takes its share.
 - `logits/chosen` and `logits/rejected` of a model that soft-caps its logits: their mean has no form without
   them. Left out (ORPO) or NaN (CPO).
 
@@ -100,6 +100,9 @@ class _HeadLogps(_TrlTrainer):
         self._eval_rows: list[Tensor] = []
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a dict of {list(train_dataset)}: give one of these data sets")
+        if args is not None and args.accelerator_config.dispatch_batches is None:
+            # Batches of a stream differ in length, so that one process could not cut them for all the others.
+            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model,
             args,
@@ -149,12 +152,8 @@ class _HeadLogps(_TrlTrainer):
         prompt_nll: score the chosen sequences' prompts too, for an NLL over both (a decoder's only).
         `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes.
         """
-        inputs = self.concatenated_inputs(
-            batch, self.is_encoder_decoder, padding_value, self.accelerator.device
-        )
-        ids, mask, labels = (
-            inputs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")
-        )
+        inputs = self.concatenated_inputs(batch, self.is_encoder_decoder, padding_value, self.accelerator.device)
+        ids, mask, labels = (inputs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
@@ -283,9 +282,7 @@ class _Stream(torch.utils.data.IterableDataset):
         for row in self.dataset:
             for step in self.steps:
                 row = {**row, **step(row)}
-            # accelerate sends whole batches to the other processes, which only tensors can be.
-            tensors = ("_input_ids", "_attention_mask", "_labels")
-            yield {name: value for name, value in row.items() if name.endswith(tensors)}
+            yield row
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to a data set that reshuffles by it."""

@@ -15,9 +15,7 @@ COMMANDS = ("check", "demo", "train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="orpo-kernels", description="Exact ORPO without materialising the logits."
-    )
+    parser = argparse.ArgumentParser(prog="orpo-kernels", description="Exact ORPO without materialising the logits.")
     parser.add_argument("--version", action="version", version=f"orpo_kernels {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -96,7 +96,9 @@ def hidden_gradient(
     """
     wide, device = coefficient.dtype, coefficient.device
     # Pieces small enough for the cache of a CPU, and for the budget.
-    step = max(1, min(plan.budget(device) // 4, MIB if device.type == "cpu" else 64 * MIB) // (shape[-1] * wide.itemsize))
+    step = max(
+        1, min(plan.budget(device) // 8, MIB if device.type == "cpu" else 64 * MIB) // (shape[-1] * wide.itemsize)
+    )
     if rows is None:
         grad = torch.empty(shape, dtype=dtype, device=device)
         for start in range(0, u.shape[0], step):
@@ -118,8 +120,9 @@ def hidden_gradient(
             # A group with fewer members leaves its sum as it is, even if its first member is not finite.
             has_one = counts > rank
             member = groups.order[torch.where(has_one, starts + rank, starts)]
-            term = u[member] * coefficient[member, None]
+            term = u[member].to(wide).mul_(coefficient[member, None])
             total += term.masked_fill_(~has_one[:, None], 0.0)
+            del term
         grad.index_copy_(0, groups.unique[part], total.to(dtype))
     return grad
 
@@ -188,11 +191,16 @@ class LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, weight, bias, adapter, targets, rows, order, unique, starts, counts, sure_not, lse, u, kept, reference) = (
-            ctx.saved_tensors
-        )
+        # Under create_graph, once_differentiable refuses a second derivative only where `grad` has a graph itself:
+        # that of a plain sum would be left out silently.
+        return LinearLogps._backward(ctx, grad.detach().requires_grad_() if torch.is_grad_enabled() else grad)
+
+    @staticmethod
+    @once_differentiable
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
+        order, unique, starts, counts, sure_not, lse, u, kept, reference = rest
         needs: Needs = ctx.needs
         coefficient = grad.to(sure_not.dtype) * sure_not
         d_hidden = d_weight = d_bias = d_adapter = None

@@ -119,7 +119,7 @@ def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, c
     number = hidden.new_empty(n, dtype=wide)
     kept = hidden.new_empty(0, 0, dtype=wide)
     reference = hidden.new_empty(0, 0, dtype=wide)
-    columns = 0
+    columns: int | torch.SymInt = 0
     if keep and any(needs[1:]):
         k = context.new_dynamic_size()
         kept = hidden.new_empty(k, weight.shape[0], dtype=compute_dtype)

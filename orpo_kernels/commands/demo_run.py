@@ -1,7 +1,7 @@
-"""The demo's work: tune, evaluate, compare, measure, write.
+"""The demo's work: tune, compare with full logits, write.
 
-Everything it reports is measured in the run itself. Margins are mean log-probabilities a token, chosen minus
-rejected, in nats: they do not depend on beta.
+Every figure is measured in the run itself. Margins are mean log-probabilities a token, chosen minus rejected, in
+nats: they do not depend on beta.
 """
 
 from __future__ import annotations
@@ -19,20 +19,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 
 from orpo_kernels import __version__
 from orpo_kernels.commands import compare, loss_memory
 from orpo_kernels.commands.demo import DemoError
 from orpo_kernels.commands.demo_plot import plot_curves
+from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.commands.demo_report import announce, print_results
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 
@@ -41,26 +34,85 @@ _VERSIONED = ("torch", "triton", "transformers", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo does. max_steps: None for one pass over the training pairs."""
+    """What the demo does.
+
+    max_steps: optimiser steps; None for one pass over the training pairs.
+    batch_size: pairs a step.
+    heldout_points: evaluations on the curve, those before and after the training included.
+    loss_limit, gradient_limit: largest relative difference from full logits.
+    """
 
     max_steps: int | None = None
     batch_size: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     beta: float = 1.0
     lora_rank: int = 16
     lora_alpha: int = 32
     max_length: int = 512
-    heldout_points: int = 4  # on the curve, the first and the last included
+    heldout_points: int = 4
     sample_tokens: int = 60
     seed: int = 0
-    loss_limit: float = 1e-5  # relative difference from full logits
-    gradient_limit: float = 1e-3
+    loss_limit: float = 1e-5
+    gradient_limit: float = 2e-5
+
+
+class Stages:
+    """Seconds of each named part of the work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def run(name: str, folder: str, gguf_file: str | None, output_dir: Path, settings: Settings) -> dict[str, Any]:
+    """Tune the model on the bundled pairs, write all files, return what metrics.json holds.
+
+    name: the model's, for the reader; folder, gguf_file: where to load it from.
+
+    Raises DemoError if the model cannot be loaded or cannot chat, OSError if `output_dir` cannot be written.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stages = Stages()
+    with stages("load"):
+        model, tokenizer = load_model(folder, gguf_file)
+    trainer = build_trainer(model, tokenizer, read_pairs(), output_dir, settings)
+    machine = describe_machine(trainer.args.device)
+    announce(name, machine, trainer, settings)
+    metrics = {
+        "model": name,
+        "machine": machine,
+        "device": str(trainer.args.device),
+        "dtype": "float32",
+        "settings": asdict(settings),
+        **tune(trainer, read_pairs(), settings, stages),
+        **prove(trainer, settings, stages),
+        "durations_s": stages.seconds,
+        "versions": versions(),
+    }
+    metrics["checks"] = checks(metrics)
+    title = f"ORPO on {name}: {metrics['train_pairs']} preference pairs, LoRA rank {settings.lora_rank}"
+    plot_curves(output_dir / "curves.png", metrics["curves"], title, machine)
+    # The embeddings do not train; looking for their first size would ask a hub.
+    trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(output_dir / "adapter")
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print_results(metrics, output_dir)
+    return metrics
 
 
 def read_pairs() -> list[dict[str, Any]]:
-    """The bundled preference pairs, `split` "train" or "heldout"."""
-    text = files("orpo_kernels").joinpath("demo_data/preference_pairs.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """The bundled preference pairs; `split` is "train" or "heldout"."""
+    path = files("orpo_kernels").joinpath("demo_data/preference_pairs.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def split(pairs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [pair for pair in pairs if pair["split"] == name]
 
 
 def load_model(folder: str, gguf_file: str | None) -> tuple[Any, Any]:
@@ -75,118 +127,35 @@ def load_model(folder: str, gguf_file: str | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def run_demo(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    pairs: list[dict[str, Any]],
-    output_dir: Path,
-    settings: Settings,
-    load_s: float = 0.0,
-) -> dict[str, Any]:
-    """Tune `model` on the pairs of split "train", write all files into `output_dir`, return what metrics.json holds.
-
-    Raises OSError if `output_dir` cannot be written.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    train, heldout = ([pair for pair in pairs if pair["split"] == split] for split in ("train", "heldout"))
-    durations = {"load": load_s}
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        durations[stage] = time.perf_counter() - start
-
-    set_seed(settings.seed)
-    progress = Progress(settings.heldout_points)
-    trainer = build_trainer(model, tokenizer, train, heldout, output_dir, settings)
-    trainer.add_callback(progress)
-    machine = describe_machine(trainer.args.device)
-    announce(name, machine, trainer, settings)
-
-    prompt = heldout[0]["prompt"]
-    sample = {"prompt": prompt[-1]["content"]}
-    with timed("sample_before"):
-        sample["before"] = generate(trainer.model, tokenizer, prompt, settings.sample_tokens)
-    with timed("evaluate_before"):
-        before = evaluate(trainer)
-    with timed("train"):
-        trainer.train()
-    with timed("evaluate_after"):
-        after = evaluate(trainer)
-    with timed("sample_after"):
-        sample["after"] = generate(trainer.model, tokenizer, prompt, settings.sample_tokens)
-
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset[: settings.batch_size]))
-    with timed("compare"):
-        trainer.model.eval()
-        full = compare.run_pass(compare.with_full_logits, trainer, batch)
-        ours = compare.run_pass(compare.without_logits, trainer, batch)
-        agreement = compare.differences(ours, full)
-    with timed("memory"):
-        transform = trainer._logps.transform
-        memory = loss_memory.measure(full.hidden, trainer._logps.head, transform, batch, settings.beta)
-
-    curves = read_curves(trainer.state.log_history)
-    metrics = {
-        "model": name,
-        "machine": machine,
-        "device": str(trainer.args.device),
-        "dtype": "float32",
-        "settings": asdict(settings) | {"steps": trainer.state.global_step},
-        "data": {"train_pairs": len(train), "heldout_pairs": len(heldout)},
-        "heldout": {"before": before, "after": after},
-        "comparison": {"pairs": settings.batch_size, "shape": list(batch["input_ids"].shape), **agreement},
-        "peak_memory": memory,
-        "sample": sample,
-        "checks": {
-            "loss_agrees_with_full_logits": agreement["loss_relative_difference"] <= settings.loss_limit,
-            "gradients_agree_with_full_logits": max(
-                agreement["hidden_gradient_relative_difference"], agreement["parameter_gradient_relative_difference"]
-            )
-            <= settings.gradient_limit,
-            "heldout_margin_rose": after["margin"] > before["margin"],
-        },
-        "curves": curves,
-        "durations_s": durations,
-        "versions": versions(),
-    }
-    title = f"ORPO on {name}: {len(train)} preference pairs, LoRA rank {settings.lora_rank}"
-    plot_curves(output_dir / "curves.png", curves, title, machine)
-    # The embeddings are not trained, and looking for their size would ask a hub.
-    trainer.model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
-    tokenizer.save_pretrained(output_dir / "adapter")
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print_results(metrics, output_dir)
-    return metrics
-
-
 def build_trainer(
-    model: Any, tokenizer: Any, train: list[Any], heldout: list[Any], output_dir: Path, settings: Settings
+    model: Any, tokenizer: Any, pairs: list[dict[str, Any]], output_dir: Path, settings: Settings
 ) -> ORPOTrainer:
-    """Our trainer with LoRA on every linear layer but the head."""
+    """Our trainer, with LoRA on every linear layer but the head."""
+    set_seed(settings.seed)  # of LoRA's first weights
     config = ORPOConfig(
         str(output_dir),
         beta=settings.beta,
         max_length=settings.max_length,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        max_steps=settings.max_steps or -1,
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
         train_sampling_strategy="group_by_length",  # less padding
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",  # too few steps to spend any at a low rate
         seed=settings.seed,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = ORPOTrainer(
         model,
         config,
-        train_dataset=train,
-        eval_dataset=heldout,
+        train_dataset=split(pairs, "train"),
+        eval_dataset=split(pairs, "heldout"),
         processing_class=tokenizer,
+        callbacks=[Progress(settings.heldout_points)],
         peft_config=LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
@@ -194,115 +163,119 @@ def build_trainer(
             task_type="CAUSAL_LM",
         ),
     )
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
+    for replaced in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(replaced)
     return trainer
 
 
-class Progress(TrainerCallback):
-    """Bars for training and evaluation, and evaluations spread over the training."""
-
-    def __init__(self, heldout_points: int) -> None:
-        self.heldout_points = heldout_points
-        self._train: tqdm | None = None
-        self._eval: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parts = self.heldout_points - 1
-        self._evaluate_at = {round(part * state.max_steps / parts) for part in range(1, parts)} - {0}
-        self._train = tqdm(total=state.max_steps, desc="  training", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._train is not None
-        self._train.update()
-        control.should_evaluate = state.global_step in self._evaluate_at and state.global_step < state.max_steps
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if self._train is not None and "loss" in logs:
-            margin = logs["logps/chosen"] - logs["logps/rejected"]
-            self._train.set_postfix_str(f"loss {logs['loss']:.3f}, margin {margin:+.3f}")
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any, **kwargs: Any) -> None:
-        if self._eval is None:
-            self._eval = tqdm(total=len(eval_dataloader), desc="  held-out pairs", unit="batch", leave=False)
-        self._eval.update()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._eval is not None:
-            self._eval.close()
-            self._eval = None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._train is not None:
-            self._train.close()
-            self._train = None
-
-
-def evaluate(trainer: ORPOTrainer) -> dict[str, float]:
-    """Accuracy, margin (nats a token) and loss over all held-out pairs."""
-    found = trainer.evaluate()
+def tune(trainer: ORPOTrainer, pairs: list[dict[str, Any]], settings: Settings, stages: Stages) -> dict[str, Any]:
+    """Train; held-out figures, curves, and the answer to a held-out prompt before and after."""
+    train, heldout = split(pairs, "train"), split(pairs, "heldout")
+    prompt = heldout[0]["prompt"]
+    sample = {"prompt": prompt[-1]["content"]}
+    with stages("sample_before"):
+        sample["before"] = answer(trainer, prompt, settings.sample_tokens)
+    with stages("evaluate_before"):
+        before = evaluate(trainer)
+    with stages("train"):
+        trainer.train()
+    with stages("evaluate_after"):
+        after = evaluate(trainer)
+    with stages("sample_after"):
+        sample["after"] = answer(trainer, prompt, settings.sample_tokens)
+    curves = read_curves(trainer.state.log_history)
+    curves["heldout"].insert(0, {"step": 0, **before})  # train() starts a new history
     return {
-        "accuracy": found["eval_rewards/accuracies"],
-        "margin": found["eval_logps/chosen"] - found["eval_logps/rejected"],
-        "loss": found["eval_loss"],
-        "nll": found["eval_nll_loss"],
+        "train_pairs": len(train),
+        "heldout_pairs": len(heldout),
+        "steps": trainer.state.global_step,
+        "heldout": {"before": before, "after": after},
+        "curves": curves,
+        "sample": sample,
     }
 
 
+def prove(trainer: ORPOTrainer, settings: Settings, stages: Stages) -> dict[str, Any]:
+    """The first held-out batch through full logits and without them: loss, gradients, peak memory."""
+    batch = trainer.data_collator(trainer.eval_dataset[: settings.batch_size])
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    trainer.model.eval()
+    with stages("compare"):
+        full = compare.run_pass(compare.with_full_logits, trainer, batch)
+        ours = compare.run_pass(compare.without_logits, trainer, batch)
+    with stages("memory"):
+        reached = trainer._logps
+        assert reached is not None
+        assert reached.transform is not None
+        memory = loss_memory.measure(full.hidden, reached.head, reached.transform, batch, settings.beta)
+    comparison = {"shape": list(batch["input_ids"].shape), **compare.differences(ours, full)}
+    return {"comparison": comparison, "peak_memory": memory}
+
+
+def checks(metrics: dict[str, Any]) -> dict[str, bool]:
+    """What decides the exit code."""
+    found, settings, heldout = metrics["comparison"], metrics["settings"], metrics["heldout"]
+    gradients = (found[f"{which}_gradient_relative_difference"] for which in ("hidden", "parameter"))
+    return {
+        "loss_agrees_with_full_logits": found["loss_relative_difference"] <= settings["loss_limit"],
+        "gradients_agree_with_full_logits": all(off <= settings["gradient_limit"] for off in gradients),
+        "heldout_margin_rose": heldout["after"]["margin"] > heldout["before"]["margin"],
+    }
+
+
+def evaluate(trainer: ORPOTrainer) -> dict[str, float]:
+    """Loss, NLL, margin and accuracy over all held-out pairs."""
+    return _figures(trainer.evaluate(), "eval_")
+
+
 def read_curves(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Step, loss, margin and accuracy of every training batch and of every evaluation."""
+    """The same with its step, of every training batch and of every evaluation."""
+    return {
+        name: [{"step": row["step"], **_figures(row, prefix)} for row in log_history if f"{prefix}loss" in row]
+        for name, prefix in (("train", ""), ("heldout", "eval_"))
+    }
 
-    def rows(prefix: str) -> list[dict[str, float]]:
-        return [
-            {
-                "step": row["step"],
-                "loss": row[f"{prefix}loss"],
-                "margin": row[f"{prefix}logps/chosen"] - row[f"{prefix}logps/rejected"],
-                "accuracy": row[f"{prefix}rewards/accuracies"],
-            }
-            for row in log_history
-            if f"{prefix}loss" in row
-        ]
 
-    return {"train": rows(""), "heldout": rows("eval_")}
+def _figures(logged: dict[str, float], prefix: str) -> dict[str, float]:
+    return {
+        "loss": logged[f"{prefix}loss"],
+        "nll": logged[f"{prefix}nll_loss"],
+        "margin": logged[f"{prefix}logps/chosen"] - logged[f"{prefix}logps/rejected"],
+        "accuracy": logged[f"{prefix}rewards/accuracies"],
+    }
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompt: list[dict[str, str]], tokens: int) -> str:
-    """The model's greedy answer to chat messages, at most `tokens` tokens."""
-    model.eval()
+def answer(trainer: ORPOTrainer, prompt: list[dict[str, str]], tokens: int) -> str:
+    """The model's greedy answer to chat messages: at most `tokens` tokens, "..." where they did not suffice."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
+    asked = inputs["input_ids"].shape[1]
     ids = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    answer = ids[0, inputs["input_ids"].shape[1] :]
-    text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-    ended = int(answer[-1]) in _end_ids(model, tokenizer)
-    return text if ended else f"{text} ..."
-
-
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {*ends, tokenizer.eos_token_id} - {None}
+        pad_token_id=trainer.data_collator.padding_value,
+    )[0, asked:]
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return text if len(ids) < tokens else f"{text} ..."
 
 
 def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads" + ("" if device.type == "cpu" else f", {device}")
+    threads = torch.get_num_threads()
+    text = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    return text if device.type == "cpu" else f"{text}, {device}"
 
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -1,14 +1,13 @@
 """Peak memory of head and loss, forward and backward, by full logits and without them.
 
-Each way runs in a process of its own, so that neither finds memory that the other has left behind. On a GPU the
-peak is the allocator's; elsewhere a thread reads the process's resident set every millisecond. Only growth
-counts: the hidden states, the head's weight and the libraries are in memory, and small products have been done,
-before the reading starts. Both peaks include the gradient of the hidden states.
+Each way runs in a process of its own, so that neither finds memory that the other has left behind. On a GPU
+the peak is the allocator's; elsewhere a thread reads the process's resident set every millisecond. Only growth
+counts: the hidden states, the head's weight and the libraries are in memory, and small products have been
+done, before the reading starts. Both peaks include the gradient of the hidden states.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from orpo_kernels.commands.compare import full_logits_loss
 from orpo_kernels.integration.transform import Transform
@@ -30,7 +29,7 @@ _INTERVAL_S = 1e-3
 
 
 def measure(
-    hidden: Tensor, head: torch.nn.Linear, transform: Transform, batch: dict[str, Tensor], beta: float
+    hidden: Tensor, head: nn.Linear, transform: Transform, batch: dict[str, Tensor], beta: float
 ) -> dict[str, Any]:
     """Peak growth in bytes of each of `WAYS`, and how it was measured.
 
@@ -42,8 +41,7 @@ def measure(
         "hidden": hidden.detach().cpu(),
         "weight": head.weight.detach().cpu(),
         "bias": None if head.bias is None else head.bias.detach().cpu(),
-        "logit_scale": transform.logit_scale,
-        "softcap": transform.softcap,
+        "transform": tuple(transform),
         "batch": {name: tensor.cpu() for name, tensor in batch.items()},
         "beta": beta,
         "device": str(hidden.device),
@@ -53,68 +51,69 @@ def measure(
         torch.save(case, path)
         peaks = {f"{way}_bytes": _in_own_process(way, path) for way in WAYS}
     what = (
-        "torch.cuda.max_memory_allocated"
+        "the allocator's peak (torch.cuda.max_memory_allocated)"
         if hidden.device.type == "cuda"
-        else f"resident set, sampled every {_INTERVAL_S * 1e3:g} ms"
+        else f"the resident set, read every {_INTERVAL_S * 1e3:g} ms"
     )
     return {
         **peaks,
-        "one_logits_tensor_bytes": hidden.shape[0] * hidden.shape[1] * head.weight.shape[0] * 4,
-        "method": f"growth of the {what}, over head + loss, forward and backward, in a fresh process each",
+        "one_logits_tensor_bytes": 4 * hidden[..., 0].numel() * head.out_features,
+        "method": f"growth of {what}, in a fresh process for each way; includes the gradient of the hidden states",
     }
 
 
 def _in_own_process(way: str, path: Path) -> int:
-    done = subprocess.run(
-        [sys.executable, "-m", "orpo_kernels.commands.loss_memory", way, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "orpo_kernels.commands.loss_memory", way, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {way} failed: {done.stderr.strip() or done.returncode}")
-    return json.loads(done.stdout)
+        raise RuntimeError(f"measuring the memory of {way} failed ({done.returncode}): {done.stderr.strip()}")
+    return int(done.stdout)
 
 
 def peak_growth(way: str, case: dict[str, Any]) -> int:
-    """Bytes by which memory grew at most while `way` computed loss and gradient, in this process."""
+    """Bytes by which this process's memory grew at most while `way` computed loss and gradient."""
     device = torch.device(case["device"])
     batch = {name: tensor.to(device) for name, tensor in case["batch"].items()}
     hidden, weight = case["hidden"].to(device), case["weight"].to(device)
     bias = None if case["bias"] is None else case["bias"].to(device)
-
-    def loss_and_gradient(length: int, vocab_size: int) -> None:
-        part = {name: tensor[:, :length] for name, tensor in batch.items()}
-        if vocab_size < len(weight):
-            part = {name: tensor.clamp(max=vocab_size - 1) for name, tensor in part.items()}
-        head = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-        _loss(way, case, hidden[:, :length].detach().requires_grad_(), *head, part).backward()
+    transform, beta = Transform(*case["transform"]), case["beta"]
 
     # Thread pools, libraries and compiled kernels come with the first products.
-    loss_and_gradient(2, min(64, len(weight)))
+    small = {name: torch.zeros_like(tensor[:, :2]) for name, tensor in batch.items()}
+    small["attention_mask"] += 1
+    few_hidden = hidden[:, :2].detach().requires_grad_()
+    few_weight, few_bias = weight[:64], None if bias is None else bias[:64]
+    _loss(way, few_hidden, few_weight, few_bias, transform, small, beta).backward()
+
+    hidden.requires_grad_()
     with _Peak(device) as peak:
-        loss_and_gradient(hidden.shape[1], len(weight))
+        _loss(way, hidden, weight, bias, transform, batch, beta).backward()
     return peak.growth
 
 
 def _loss(
-    way: str, case: dict[str, Any], hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: dict[str, Tensor]
+    way: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    batch: dict[str, Tensor],
+    beta: float,
 ) -> Tensor:
     if way == "full_logits":
         logits = F.linear(hidden, weight, bias)
-        transform = Transform(case["logit_scale"], case["softcap"])
-        if transform != Transform():
+        if transform != Transform():  # else it would make a copy that no model makes
             logits = transform(logits)
-        return full_logits_loss(logits, batch, case["beta"])
+        return full_logits_loss(logits, batch, beta)
     return orpo_loss(
         hidden,
         weight,
         batch["targets"],
         nll_targets=batch["nll_targets"],
-        beta=case["beta"],
+        beta=beta,
         bias=bias,
-        logit_scale=case["logit_scale"],
-        softcap=case["softcap"],
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap,
         preset="trl",
     ).loss
 
@@ -153,4 +152,4 @@ class _Peak:
 
 
 if __name__ == "__main__":
-    print(json.dumps(peak_growth(sys.argv[1], torch.load(sys.argv[2]))))
+    print(peak_growth(sys.argv[1], torch.load(sys.argv[2])))

@@ -92,8 +92,9 @@ def parse(arguments: list[str]) -> Any:
 
     from orpo_kernels.integration.transformers import ORPOConfig
 
+    groups: Any = (ModelArguments, DataArguments, LoraArguments, ORPOConfig)
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, LoraArguments, ORPOConfig),
+        groups,
         prog="orpo-kernels train",
         description="Preference-tune a causal language model with ORPO, without its logits.",
         epilog=EXAMPLE,

@@ -1,14 +1,15 @@
 """Tile shapes: what a program computes, with how many warps, for which card.
 
-A tile of BC tokens by BV entries reads (BC + BV) D operands for BC BV D products, so it should be as large as the
-accumulators (BC BV fp32 numbers in the registers of its warps) and `num_stages` buffers of operands in
-shared memory allow. 128 x 256 is the largest that fits a 228 KiB multiprocessor. For small D the epilogue weighs
-more, and two programs of 128 x 128 on a multiprocessor hide each other's: one multiplies while the other takes
-exponentials. Products of fp32 operands run outside the tensor cores on NVIDIA cards, where every operand passes
-through registers, and take smaller tiles.
+A tile of BC tokens by BV entries reads (BC + BV) D operands for BC BV D products, so it should be as large as
+the accumulators (BC BV fp32 numbers in the registers of its warps) and `num_stages` buffers of operands in
+shared memory allow: 128 x 256 on cards with room for it. Where D is small the epilogue weighs more, and two
+programs of 128 x 128 on a multiprocessor hide each other's: one multiplies while the other takes
+exponentials. The epilogues of a soft-cap and of a bias gradient need registers that 128 x 256 does not leave.
+Products of fp32 operands run outside the tensor cores on NVIDIA cards unless TF32 is allowed, pass through
+registers, and take smaller tiles.
 
-Nothing here was tuned on a GPU; `benchmarks/kernel_resources.py --sweep` tells which of `candidates` compile to
-what. A shape is offered only where its buffers fit the card.
+These follow from what the kernels compile to (`benchmarks/kernel_resources.py`), not from timings. A shape is
+offered only where its buffers fit the card.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _FEW_TOKENS = 64
 
 
 class Target(NamedTuple):
-    """A card: "cuda" and its compute capability times ten, or "hip" and its gfx name; shared memory in bytes."""
+    """A card: "cuda" and ten times its compute capability, or "hip" and its gfx name.
+
+    shared_memory: bytes that one program may have.
+    """
 
     backend: str
     arch: int | str
@@ -56,7 +60,7 @@ INTERPRETER = TileConfig(32, 64, 32, 1, 1, 2)
 
 
 def cuda_target(capability: int) -> Target:
-    """The card of a compute capability, 90 for 9.0; an unknown one is taken to have the least shared memory."""
+    """The card of a compute capability, 90 for 9.0; an unknown one has the least shared memory of all."""
     return Target("cuda", capability, _CUDA_SHARED.get(capability, 99) * KIB)
 
 
@@ -74,24 +78,24 @@ def target_of(device: torch.device) -> Target | None:
     return cuda_target(10 * major + minor)
 
 
-def default(target: Target | None, dtype: torch.dtype, tokens: int, hidden_size: int) -> TileConfig:
-    """The tile for `tokens` rows of `hidden_size` numbers of compute dtype `dtype`.
+def default(
+    target: Target | None, dtype: torch.dtype, tokens: int, hidden_size: int, heavy_epilogue: bool
+) -> TileConfig:
+    """The tile for `tokens` rows of `hidden_size` numbers in the compute dtype `dtype`.
 
-    The choice is the first of `candidates` that suits the problem: they are listed best first.
+    heavy_epilogue: one with a soft-cap or a bias gradient.
     """
     if target is None:
         return INTERPRETER
-    block_c = 64 if tokens <= _FEW_TOKENS else 128
-    largest_v = 128 if hidden_size <= _SMALL_D else 256
+    largest_c = 64 if tokens <= _FEW_TOKENS else 128
+    largest_v = 128 if heavy_epilogue or hidden_size <= _SMALL_D else 256
     fitting = candidates(target, dtype)
-    for config in fitting:
-        if config.block_c <= block_c and config.block_v <= largest_v:
-            return config
-    return fitting[-1]
+    suited = (c for c in fitting if c.block_c <= largest_c and c.block_v <= largest_v)
+    return next(suited, fitting[-1])
 
 
 def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
-    """Shapes worth measuring on a card, best guess first."""
+    """Shapes that fit a card, best guess first."""
     if dtype == torch.float32:
         shapes = [
             TileConfig(128, 64, 32, 8, 2),

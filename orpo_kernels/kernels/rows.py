@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from orpo_kernels.kernels.slow_lane import is_abnormal
-from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, hidden_rows, logits, rounded, slope
+from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, bent, hidden_rows, logit, rounded, slope
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def target_kernel(
     x = tl.sum(total, 1)
     if p_bias is not None:
         x += tl.load(p_bias + y, mask=m_c, other=0.0).to(tl.float32)
-    z_y = logits(x, logit_scale, softcap)
+    r = bent(x, logit_scale, softcap)
+    z_y = logit(r, softcap)
     tl.store(p_z_y + o_c, z_y, mask=m_c)
-    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope(z_y, logit_scale, softcap), mask=m_c)
+    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope(r, logit_scale, softcap), mask=m_c)
     tl.store(p_base + o_c, finite(z_y), mask=m_c)
 
 
@@ -91,7 +92,9 @@ def sum_kernel(
     # S 2^60 overflows for competitors of more than e^88; then the logarithm is large and cannot cancel.
     log_sum = tl.where(S < 1.0, tl.log(S / SHIFT), tl.log(S) - LOG_SHIFT)
     tl.store(p_sum + o_c, S, mask=m_c)
-    tl.store(p_gap + o_c, (base - z_y) + log_sum, mask=m_c)
+    # A target's logit of +inf is an overflow, not certainty.
+    gap = tl.where(z_y == float("inf"), float("nan"), (base - z_y) + log_sum)
+    tl.store(p_gap + o_c, gap, mask=m_c)
     tl.store(p_lse + o_c, base + log_sum, mask=m_c)
 
 

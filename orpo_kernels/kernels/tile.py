@@ -1,31 +1,30 @@
 """One tile of logits, and what each pass does with it before it leaves the chip.
 
-A program makes one tile `z = f(h W^T + b)` of [BC, BV] logits (`x = logit_scale * (W h + b)`, `f(x) = x` or
-`cap * tanh(x / cap)`) and ends in an *epilogue*. Every epilogue sees competitors only: the target's own column
-is masked like the columns past the end of the vocabulary. With `z_y` the target's logit, which a row dot made
-before, and `base = z_y`:
+A program makes one tile `z = f(W h + b)` of [BC, BV] logits, `f(x) = logit_scale * x` or, with a soft-cap,
+`cap * tanh(logit_scale * x / cap)`, and ends in an *epilogue*. Every epilogue sees competitors only: the
+target's own column is masked like the columns past the end of the vocabulary. With `z_y` the target's logit,
+which a row dot made before, and `base = z_y`:
 
-    SUMS          sum over the tile's columns of e^(z - base) 2^-60
+    SUMS          sum over the tile's columns of  e^(z - base) 2^-60
     EXPONENTIALS  the same, and the tile  e^(z - base) 2^-60 * f'  itself, rounded once
-    GRADIENT      c s (onehot(y) - q) f'  with  q = e^(z - L), rounded once; and its column sums (for the bias)
+    GRADIENT      c s (onehot(y) - q) f'  with  q = e^(z - L), rounded once; for the bias, its column sums
 
-Row sums go to one slot a tile, [ceil(V / BV), C], and another kernel adds them up in order: no atomics, so the
-same inputs give the same bits. From `S`, their sum, `L = base + log(S 2^60)` and `gap = log(S 2^60)`; the
-target's logit never enters the sum, so a sure token's gap is as exact as its competitors.
+Row sums go to one slot a tile, [ceil(V / BV), C], and another kernel adds them up in order: no atomics, so
+the same inputs give the same bits. From `S`, their sum, `L = base + log(S 2^60)` and `gap = log(S 2^60)`:
+the target's own term never enters the sum, so a sure token's gap is as exact as its competitors.
 
-**Range.** The factor 2^-60 moves the numbers fp32 and bf16 can hold to where tokens are: competitors that
-together weigh 2^-33 (1e-10) to 2^160 (e^111) times the target. Within `V 2^-110 <= S <= 2^100` nothing is lost:
-V numbers smaller than 2^-126, which may vanish, are together below 2^-16 of S, and products of stored values
-with a weight still have 2^26 to spare at either end. Rows outside are left to `slow_lane`.
-The power is written `(e2 * 2^-60) * e2`, `e2 = 2^((z - base) / (2 log 2))`, as subtracting 60 in the exponent
-would round off up to 4e-6 of every value near the target.
+**Range.** The factor 2^-60 moves the numbers that fp32 and bf16 hold to where tokens are: competitors that
+together weigh 2^-33 (1e-10, at V = 2^17) to 2^160 (e^111) times the target. Within `V 2^-110 <= S <= 2^100`
+nothing is lost: V numbers smaller than 2^-126, which may vanish, are together below 2^-16 of S, and a weight
+may multiply the stored values by 2^-16 or 2^27. Rows outside are left to `slow_lane`.
+The power is written `(e2 2^-60) e2` with `e2 = e^((z - base) / 2)`: 60 subtracted in the exponent would round
+up to 4e-6 off every value near the target.
 
-**Tokens with the target's slope.** Without a soft-cap f' is logit_scale everywhere and is left out of
-EXPONENTIALS (whoever divides by S multiplies by it). With one, f' varies and multiplies the stored value,
-never the sum.
+**Slope.** Without a soft-cap f' is logit_scale everywhere and is left out of EXPONENTIALS (whoever divides by
+S multiplies by it). With one, f' varies, and multiplies the stored value but never the sum.
 
-Programs run through GROUP blocks of tokens for one block of the vocabulary, then on to the next: what a wave of
-programs reads (a few blocks of the weight, GROUP of the hidden rows) stays in the L2 cache.
+Programs run through GROUP blocks of tokens for one block of the vocabulary, then on to the next: what a wave
+of programs reads (a few blocks of the weight, GROUP of the hidden rows) stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -56,27 +55,32 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def capped(x, cap):
-    """`cap * tanh(x / cap)`, within 2e-7 of cap."""
-    # One number at a time for each logit: this runs beside BC BV accumulators.
-    return cap - (2.0 * cap) / (tl.exp2(x * (2.0 * LOG2_E / cap)) + 1.0)
+def bent(x, logit_scale, softcap):
+    """What z and f' both follow from, one number a logit: there are registers for no more.
+
+    x: `W h + b`. Without a soft-cap it is z itself; with one, `r = 1 / (1 + e^(2 logit_scale x / cap))`.
+    """
+    a = x * logit_scale
+    if softcap is not None:
+        return 1.0 / (1.0 + tl.exp2(a * (2.0 * LOG2_E / softcap)))
+    else:
+        return a
 
 
 @triton.jit
-def logits(x, logit_scale, softcap):
-    """Logits z = f(x) from x = `W h + b`."""
-    z = x * logit_scale
+def logit(r, softcap):
+    """z, within 2e-7 of cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
     if softcap is not None:
-        z = capped(z, softcap)
-    return z
+        return softcap - (2.0 * softcap) * r
+    else:
+        return r
 
 
 @triton.jit
-def slope(z, logit_scale, softcap):
-    """f' where the logit is z."""
+def slope(r, logit_scale, softcap):
+    """f'; exact to the last places where z nears the cap, as `1 - tanh^2` is not."""
     if softcap is not None:
-        t = z / softcap
-        return logit_scale * (1.0 - t * t)
+        return (4.0 * logit_scale) * (r * (1.0 - r))
     else:
         return logit_scale
 
@@ -91,7 +95,7 @@ def hidden_rows(p_rows, o_c, C):
 
 
 @triton.jit
-def tile_logits(
+def bent_tile(
     p_hidden,
     p_rows,
     p_weight,
@@ -113,7 +117,7 @@ def tile_logits(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits [BC, BV] of tokens `o_c` and entries `o_v`; past the end they repeat the last."""
+    """`bent` logits [BC, BV] of tokens `o_c` and entries `o_v`; past the end they repeat the last."""
     rows = hidden_rows(p_rows, o_c, C)
     columns = tl.minimum(o_v, V - 1)
     o_d = tl.arange(0, BD).to(tl.int64)
@@ -137,7 +141,7 @@ def tile_logits(
         p_w += tl.cast(BD, tl.int64) * stride_wd
     if p_bias is not None:
         x += tl.load(p_bias + columns).to(tl.float32)[None, :]
-    return logits(x, logit_scale, softcap)
+    return bent(x, logit_scale, softcap)
 
 
 @triton.jit
@@ -155,20 +159,20 @@ def store_tile(p_tile, stride_t, tile, o_c, o_v, m_c):
 
 
 @triton.jit
-def without(z, y, o_v, V):
-    """`z` with -inf at the target `y` and past the end of the vocabulary: competitors only."""
-    return tl.where((o_v[None, :] == y[:, None]) | (o_v >= V)[None, :], -float("inf"), z)
+def competes(y, o_v, V):
+    """[BC, BV]: not the target `y`, nor past the end of the vocabulary."""
+    return (o_v[None, :] != y[:, None]) & (o_v < V)[None, :]
 
 
 @triton.jit
-def store_exponentials(p_tile, p_sums, stride_t, z, base, o_c, o_v, m_c, logit_scale, softcap):
+def store_exponentials(p_tile, p_sums, stride_t, r, base, y, o_c, o_v, m_c, V, logit_scale, softcap):
     """Row sums of the tile's exponentials, and the tile where `p_tile` is not None, for the rows in `m_c`."""
-    e = shifted_exponentials(z, base[:, None])
+    e = shifted_exponentials(logit(r, softcap), base[:, None])
+    e = tl.where(competes(y, o_v, V), e, 0.0)
     tl.store(p_sums + o_c, tl.sum(e, 1), mask=m_c)
     if p_tile is not None:
         if softcap is not None:
-            # Not at -inf, the target's logit: e is 0 there.
-            e = e * slope(tl.maximum(z, -softcap), logit_scale, softcap)
+            e = e * slope(r, logit_scale, softcap)
         store_tile(p_tile, stride_t, e, o_c, o_v, m_c)
 
 
@@ -216,7 +220,7 @@ def tile_kernel(
     o_c = i_c * BC + tl.arange(0, BC)
     o_v = i_v * BV + tl.arange(0, BV)
     m_c = o_c < C
-    z = tile_logits(
+    r = bent_tile(
         p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, o_c, o_v, C, V, D,
         logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION,
     )  # fmt: skip
@@ -227,15 +231,12 @@ def tile_kernel(
     if EPILOGUE == GRADIENT:
         c = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
         # L is -inf where there is no competitor; z is too, or it is the target.
-        q = tl.exp(z - tl.where(reference == -float("inf"), 0.0, reference)[:, None])
-        g = c[:, None] * (slope(z, logit_scale, softcap) * tl.where(o_v[None, :] == y[:, None], 1.0, -q))
+        q = tl.exp(logit(r, softcap) - tl.where(reference == -float("inf"), 0.0, reference)[:, None])
+        g = c[:, None] * (slope(r, logit_scale, softcap) * tl.where(o_v[None, :] == y[:, None], 1.0, -q))
         store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
         if p_sums is not None:
             p_sums += i_c.to(tl.int64) * (n_v * BV)
             tl.store(p_sums + o_v, tl.sum(g, 0))
     else:
-        z = without(z, y, o_v, V)
         p_sums += i_v.to(tl.int64) * C
-        store_exponentials(
-            p_tile, p_sums, stride_t, z, reference, o_c, o_v, m_c, logit_scale, softcap
-        )
+        store_exponentials(p_tile, p_sums, stride_t, r, reference, y, o_c, o_v, m_c, V, logit_scale, softcap)

@@ -64,7 +64,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
         if u is not None:
             total = u[chunk] if u.dtype == wide else torch.empty(c, d, dtype=wide, device=device)
             total.zero_()
-        tile = torch.empty(c * min(block, v), dtype=wide, device=device)
+        tile = math.tile_buffer(c, min(block, v))
 
         for group, columns in enumerate(_chunks(v, block)):
             w = math.weight_rows(columns)
@@ -91,13 +91,15 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
                     total.mul_(decay[:, None])
                 math.add_product(total, e, w)
             reference = moved
+            # Python would hold these until the next block's are there.
+            del w, z, e, slope
 
         # No competitor at all (V = 1): L = -inf, the target is certain, and q is 0.
         lse[chunk] = _finite(reference) + torch.log(sums)
         # A target's logit of +inf is an overflow, not certainty.
         gap[chunk] = torch.where(z_y == torch.inf, torch.nan, lse[chunk] - z_y)
+        del h, tile
         if u is not None and total is not None:
-            del h
             inverse = torch.where(sums == 0, 0.0, 1.0 / sums)
             if head.softcap is None:
                 inverse = inverse * head.logit_scale
@@ -105,6 +107,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             math.add_target_rows(total, y, slope_y)
             if u.dtype != wide:
                 u[chunk] = total
+        del total
     return Forward(gap, lse, u, kept)
 
 
@@ -146,7 +149,11 @@ def weight_gradient(
     # One group of kept columns shares a reference, so blocks must not straddle groups.
     block = schedule.backward_block if kept is None else min(schedule.backward_block, kept.columns)
     chunk_size = max(schedule.backward_chunk, 1)
-    tile = torch.empty(min(chunk_size, n) * min(block, v), dtype=wide, device=device)
+    tile = math.tile_buffer(min(chunk_size, n), min(block, v))
+    slope_y = None
+    if keep_rows and head.softcap is not None:
+        parts = _chunks(keep_rows, max(1, chunk_size // 4))
+        slope_y = torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
 
     for columns in _blocks(v, block, kept.columns if kept is not None else v):
         w = math.weight_rows(columns)
@@ -155,34 +162,36 @@ def weight_gradient(
             total = d_weight[columns]
         elif d_weight is not None or d_adapter is not None:
             total = torch.zeros(w.shape[0], trained.stop - trained.start, dtype=wide, device=device)
-        total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device)
+        total_bias = torch.zeros(w.shape[0], dtype=wide, device=device) if d_bias is not None else None
         for chunk in _chunks(n, chunk_size, keep_rows):
             h = math.hidden_rows(tokens, chunk)
             y, c_s = tokens.targets[chunk], coefficient[chunk]
             at, inside = _target_columns(y, columns)
             if kept is not None and chunk.start < keep_rows:
                 group = columns.start // kept.columns
-                q = tile[: y.numel() * total_bias.numel()].view(y.numel(), -1)
-                q.copy_(kept.values[chunk, columns])
-                q.mul_(torch.exp(kept.reference[chunk, group] - lse[chunk])[:, None])
-                slope_at = math.target_slope(h, y)
+                q = math.tile(tile, y.numel(), w.shape[0]).copy_(kept.values[chunk, columns])
+                q.mul_(torch.exp(kept.reference[chunk, group] - _finite(lse[chunk]))[:, None])
+                slope_at = torch.ones_like(c_s) if slope_y is None else slope_y[chunk]
             else:
-                z, slope = math.logits(h, w, columns, tile, want_slope=True)
-                q = z.sub_(lse[chunk][:, None]).exp_()
+                q, slope = math.logits(h, w, columns, tile, want_slope=True)
+                q.sub_(_finite(lse[chunk])[:, None]).exp_()
                 if slope is None:
                     slope_at = torch.ones_like(c_s)
                 else:
                     slope_at = slope.gather(1, at).squeeze(1)
                     q.mul_(slope)
+                del slope
             # The target's own column held exp(z_y - L), without bound; its place takes onehot.
             q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
             q.mul_(-c_s[:, None])
             if total is not None:
                 math.add_product(total, q.t(), h[:, trained])
-            if d_bias is not None:
+            if total_bias is not None:
                 total_bias += q.sum(0)
+            del h, q
         if largest is not None:
-            total_bias *= largest
+            if total_bias is not None:
+                total_bias *= largest
             if total is not None:
                 total.mul_(largest)
         if total is not None and not in_place:
@@ -190,8 +199,9 @@ def weight_gradient(
                 d_weight[columns] = total[:, :size]
             if d_adapter is not None:
                 d_adapter[columns] = total[:, size - trained.start :]
-        if d_bias is not None:
+        if d_bias is not None and total_bias is not None:
             d_bias[columns] = total_bias
+        del w, total
     return (d_weight, d_bias) if head.adapter is None else (d_weight, d_bias, d_adapter)
 
 
@@ -225,12 +235,21 @@ class _Products:
         rows = [part.index_select(0, y).to(self.head.compute_dtype).to(self.wide) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
+    def tile_buffer(self, rows: int, columns: int) -> Tensor:
+        """Memory for every tile of up to [rows, columns]; none where the product makes its own."""
+        size = 0 if self.mixed_product else rows * columns
+        return torch.empty(size, dtype=self.wide, device=self.head.weight.device)
+
+    def tile(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of the buffer, or new where there is none."""
+        size = rows * columns
+        return (buffer[:size] if size <= buffer.numel() else buffer.new_empty(size)).view(rows, columns)
+
     def logits(
         self, h: Tensor, w: Tensor, columns: slice, buffer: Tensor, *, want_slope: bool
     ) -> tuple[Tensor, Tensor | None]:
         """z [C, Vb], and its slope f' [C, Vb] where a soft-cap makes that vary (else it is logit_scale)."""
         head = self.head
-        out = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         bias = None
         if head.bias is not None:
             bias = head.bias[columns].to(head.compute_dtype).to(self.wide)
@@ -242,8 +261,10 @@ class _Products:
                 z.mul_(head.logit_scale)
         elif bias is None:
             # alpha rides along with the product; beta=0 never reads the buffer.
+            out = self.tile(buffer, h.shape[0], w.shape[0])
             z = torch.addmm(out, h, w.t(), beta=0, alpha=head.logit_scale, out=out)
         else:
+            out = self.tile(buffer, h.shape[0], w.shape[0])
             z = torch.addmm(bias, h, w.t(), beta=head.logit_scale, alpha=head.logit_scale, out=out)
         if head.softcap is None:
             return z, None
@@ -264,10 +285,9 @@ class _Products:
         total.addcmul_(self.target_rows(y), slope_y[:, None])
 
     def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
-        """f' at the target's logit, from a row dot; 1 for a linear head, whose scale is applied elsewhere."""
+        """f' at the target's logit under a soft-cap, from a row dot."""
         head = self.head
-        if head.softcap is None:
-            return torch.ones(y.numel(), dtype=self.wide, device=h.device)
+        assert head.softcap is not None
         x = (h.to(self.wide) * self.target_rows(y)).sum(1)
         if head.bias is not None:
             x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)

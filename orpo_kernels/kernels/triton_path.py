@@ -9,8 +9,8 @@ Forward, for a chunk of tokens:
     E W             by the library, in fp32
     u_kernel        u = f'_y W[y] - (E W) / S
 
-Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel (rows whose
-exponentials were kept need no product for it), then `G^T H` by the library, in fp32, rounded once.
+Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel (rows
+whose exponentials were kept need no product for it), then `G^T H` by the library, in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
-from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, LOG_SHIFT, SUMS, tile_kernel
+from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SHIFT, SUMS, tile_kernel
 from orpo_kernels.kernels.torch_path import _chunks, _has_mixed_product
 from orpo_kernels.plan import Schedule
 
-# Programs of the slow lane for a block of tokens: enough of them to fill a card when one block is slow.
-_SLICES = 128
-# How much of the inner dimension is widened at a time where the library has no 16-bit product with fp32 result.
+# Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
+_SLICES = 64
+# How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
 # Stated, as Triton's default changes between versions.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -41,11 +41,13 @@ _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 def supports(head: Head, tokens_device: torch.device) -> str | None:
     """None where these kernels can serve `head` on that device; else the reason, in words."""
+    if head.adapter is not None:
+        return "the kernels take a plain weight, and the head has an adapter"
     if head.compute_dtype not in (torch.bfloat16, torch.float32):
         return f"the kernels take bf16 and fp32 operands, and the compute dtype is {head.compute_dtype}"
     if INTERPRETED.value:
-        on_cpu = tokens_device.type == "cpu"
-        return None if on_cpu else f"TRITON_INTERPRET is set, which takes CPU tensors, not {tokens_device.type}"
+        where = tokens_device.type
+        return None if where == "cpu" else f"TRITON_INTERPRET is set: kernels run on the CPU, not on {where}"
     if tokens_device.type != "cuda":
         return f"the kernels run on CUDA and ROCm devices, not on {tokens_device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(tokens_device) < (8, 0):
@@ -58,8 +60,11 @@ def forward(
 ) -> Forward:
     """Log-probability terms of every token; see `interface` for the symbols and shapes.
 
-    schedule: one made with `full_rows=True`, as a chunk's exponentials span the vocabulary; ValueError if not.
+    schedule: one made with `full_rows=True`: a chunk's exponentials span the vocabulary. ValueError if not.
     config: the tile's shape; None takes the device's default.
+
+    What is kept are the exponentials of `tile`, relative to their base and 2^-60 small: the constant would cost
+    a reference of its own size the last digits that a sum in fp32 leaves.
     """
     n, d, v = tokens.targets.numel(), head.weight.shape[1], head.weight.shape[0]
     device, dtype = head.weight.device, head.compute_dtype
@@ -75,9 +80,8 @@ def forward(
     u = torch.empty(n, d, dtype=dtype, device=device) if want_u else None
     keep, kept = min(schedule.keep_rows, n), None
     if schedule.keep_rows:
-        kept = Kept(
-            _tile_buffer(keep, v, dtype, device, config), torch.empty(keep, 1, dtype=torch.float32, device=device), v
-        )
+        reference = torch.empty(keep, 1, dtype=torch.float32, device=device)
+        kept = Kept(_tile_buffer(keep, v, dtype, device, config), reference, v)
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
@@ -95,7 +99,7 @@ def forward(
             launch.slow_lane(hidden, rows, y, base, total, tile, partial)
             total = launch.total(partial, base, z_y, gap[chunk], lse[chunk])
             if chunk.start < keep and kept is not None:
-                torch.sub(base, LOG_SHIFT.value, out=kept.reference[chunk, 0])
+                kept.reference[chunk, 0] = base
             if u is not None and tile is not None:
                 product = _add_product(None, tile, launch.weight, u[chunk])
                 launch.finish_u(product, y, slope_y, total, u[chunk])
@@ -128,7 +132,7 @@ def weight_gradient(
     dtype, wide = head.compute_dtype, torch.float32
     keep = kept.values.shape[0] if kept is not None else 0
     chunk_size, block = min(schedule.backward_chunk, n), min(schedule.backward_block, v)
-    config = config or _default_config(head, chunk_size)
+    config = config or _default_config(head, chunk_size, d_bias is not None)
     whole = _gathered(tokens, slice(0, n), dtype) if chunk_size == n else None
     buffer = _tile_buffer(chunk_size, block, dtype, device, config)
 
@@ -137,7 +141,9 @@ def weight_gradient(
             launch = _Launcher(head, config, columns)
             dest = d_weight[columns] if d_weight is not None else None
             total: Tensor | None = None
-            total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device) if d_bias is not None else None
+            total_bias = None
+            if d_bias is not None:
+                total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device)
             for chunk in _chunks(n, chunk_size):
                 hidden = _gathered(tokens, chunk, dtype) if whole is None else whole
                 g = buffer[: hidden.shape[0], : columns.stop - columns.start]
@@ -190,9 +196,7 @@ class _Launcher:
         )  # fmt: skip
         return z_y, slope_y, base
 
-    def sums(
-        self, hidden: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, tile: Tensor | None
-    ) -> Tensor:
+    def sums(self, hidden: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, tile: Tensor | None) -> Tensor:
         """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None."""
         partial = torch.empty(self.n_v, y.numel(), dtype=torch.float32, device=y.device)
         epilogue = SUMS if tile is None else EXPONENTIALS
@@ -203,9 +207,7 @@ class _Launcher:
         """S [C]; writes gap and lse [C]."""
         total = torch.empty_like(base)
         c = total.numel()
-        sum_kernel[(triton.cdiv(c, 32),)](
-            partial, base, z_y, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS
-        )
+        sum_kernel[(triton.cdiv(c, 32),)](partial, base, z_y, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS)
         return total
 
     def slow_lane(
@@ -218,7 +220,7 @@ class _Launcher:
         tile: Tensor | None,
         partial: Tensor,
     ) -> None:
-        """Computes abnormal rows again: their base [C], tile [C, V] and partial sums [n_v, C] are replaced."""
+        """Replaces the base [C], tile [C, V] and partial sums [n_v, C] of abnormal rows."""
         c = y.numel()
         slices = min(_SLICES, self.n_v)
 
@@ -233,9 +235,7 @@ class _Launcher:
             )  # fmt: skip
 
         launch(MAXIMA, None)
-        maximum_kernel[(triton.cdiv(c, 32),)](
-            partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS
-        )
+        maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
         launch(EXPONENTIALS, tile)
 
     def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
@@ -261,7 +261,7 @@ class _Launcher:
     def kept_gradient(
         self,
         values: Tensor,
-        reference: Tensor,
+        base: Tensor,
         hidden: Tensor,
         y: Tensor,
         c_s: Tensor,
@@ -269,15 +269,16 @@ class _Launcher:
         g: Tensor,
         column_sums: Tensor | None,
     ) -> None:
-        """The same as `gradient`, from kept exponentials [C, Vb] and their reference [C]."""
+        """The same as `gradient`, from kept exponentials [C, Vb] and their base [C]."""
         # L is -inf where nothing competes, and the kept values are 0.
-        inverse = torch.exp(reference - torch.where(lse == -torch.inf, 0.0, lse))
+        root = torch.exp(0.5 * (base - torch.where(lse == -torch.inf, 0.0, lse)))
+        inverse = (root / SHIFT.value) * root
         torch.mul(values, (-self._left_out * c_s * inverse)[:, None], out=g)
-        at = y - self.start
-        inside = ((at >= 0) & (at < self.V))[:, None]
-        at.clamp_(0, self.V - 1)
+        at = (y - self.start).clamp_(0, self.V - 1)
         slope_y = self.targets(hidden, None, at)[1]
-        g.scatter_(1, at[:, None], torch.where(inside, (c_s * slope_y)[:, None].to(g.dtype), g.gather(1, at[:, None])))
+        is_here = at == y - self.start
+        own = torch.where(is_here, (c_s * slope_y).to(g.dtype), g.gather(1, at[:, None])[:, 0])
+        g.scatter_(1, at[:, None], own[:, None])
         if column_sums is not None:
             column_sums += g.sum(0, dtype=torch.float32)
 
@@ -306,15 +307,13 @@ class _Launcher:
         )  # fmt: skip
 
 
-def _tile_buffer(
-    c: int, v: int, dtype: torch.dtype, device: torch.device, config: TileConfig
-) -> Tensor:
+def _tile_buffer(c: int, v: int, dtype: torch.dtype, device: torch.device, config: TileConfig) -> Tensor:
     """[C, V] with rows that hold whole tiles, so that a store needs no mask along the row and can be wide."""
     return torch.empty(c, triton.cdiv(v, config.block_v) * config.block_v, dtype=dtype, device=device)[:, :v]
 
 
 def _hidden_rows(tokens: Tokens, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Hidden rows in the compute dtype, and which of them the chunk's tokens are; gathered only to be cast."""
+    """Hidden rows in the compute dtype, and which of them are the chunk's; gathered only to be cast."""
     if tokens.hidden.dtype != dtype:
         return _gathered(tokens, chunk, dtype), None
     if tokens.rows is None:
@@ -345,15 +344,17 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
     return total
 
 
-def _default_config(head: Head, tokens: int) -> TileConfig:
+def _default_config(head: Head, tokens: int, bias_gradient: bool = False) -> TileConfig:
     target = configs.target_of(head.weight.device)
-    return configs.default(target, head.compute_dtype, tokens, head.weight.shape[1])
+    heavy = bias_gradient or head.softcap is not None
+    return configs.default(target, head.compute_dtype, tokens, head.weight.shape[1], heavy)
 
 
 def _precision(device: torch.device) -> str:
     """How fp32 operands are multiplied: as torch is set to."""
-    tf32 = device.type == "cuda" and torch.version.hip is None
-    return "tf32" if tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

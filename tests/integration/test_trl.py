@@ -13,12 +13,10 @@ from types import MethodType
 from typing import Any
 
 import datasets
-import orpo_kernels.integration.trl as ours
 import pytest
 import torch
 import trl.experimental.cpo as trl_cpo
 import trl.experimental.orpo as trl_orpo
-from orpo_kernels.integration.data import DataSummary
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -36,11 +34,14 @@ from transformers import (
 )
 from trl.experimental.utils import DPODataCollatorWithPadding
 
+import orpo_kernels.integration.trl as ours
 from orpo_kernels import Plan
+from orpo_kernels.integration.data import DataSummary
 
 SENTENCES = [
     "The answer is 46 because the question asks for it.",
-    "The answer is $46 and not 64. xyz xyz",
+    "The answer is $46 and not 64.",
+    "xyz yz yz",
 ] * 3
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -71,13 +72,15 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_h
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
 SIZES |= {"pad_token_id": EOS, "bos_token_id": BOS, "eos_token_id": EOS}
 # Uneven lengths, so that batches pad.
+ANSWERS = [("46" + " because" * (at % 3), "$46 and not"[: 3 + at]) for at in range(8)]
 PAIRS = [
-    {
-        "prompt": "The answer is " * (1 + at % 2),
-        "chosen": "46" + " because" * (at % 3),
-        "rejected": "$46 and not"[: 3 + at],
-    }
-    for at in range(8)
+    {"prompt": "The answer is " * (1 + at % 2), "chosen": chosen, "rejected": rejected}
+    for at, (chosen, rejected) in enumerate(ANSWERS)
+]
+# Answers of both kinds are chosen, so that some pairs are ranked right and some wrong.
+MIXED = [
+    pair | ({"chosen": pair["rejected"], "rejected": pair["chosen"]} if at in (1, 4) else {})
+    for at, pair in enumerate(PAIRS[:5])
 ]
 
 
@@ -93,18 +96,14 @@ def gemma2() -> nn.Module:
 
 def mixtral(router: bool) -> nn.Module:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        **SIZES, num_local_experts=4, output_router_logits=router, router_aux_loss_coef=0.5
-    )
+    config = MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=router, router_aux_loss_coef=0.5)
     return MixtralForCausalLM(config)
 
 
 def t5() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0)
-    )
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
 class FirstGradients(TrainerCallback):
@@ -141,9 +140,12 @@ def steps(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def assert_same(
-    found: dict[str, float], expected: dict[str, float], left_out: tuple[str, ...] = (), rel: float = 1e-5
-):
+# Differences keep the rounding, 2^-22 in fp32, of what they are the difference of: TRL's own are no better.
+SIZE_OF = {"rewards/margins": "rewards/chosen", "log_odds_chosen": "logps/chosen"}
+
+
+def assert_same(found: dict[str, float], expected: dict[str, float], left_out: tuple[str, ...] = ()):
+    """Every metric equal to 1e-5, those about time and those whose names end as in left_out aside."""
     timing = ("runtime", "per_second", "preparation_time")
     found, expected = (
         {name: value for name, value in one.items() if not name.endswith((*timing, *left_out))}
@@ -151,8 +153,11 @@ def assert_same(
     )
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # A mean of logits cancels: TRL's own fp32 mean is no better than this.
-        assert found[name] == pytest.approx(value, rel=rel, abs=1e-7 if "logits/" in name else 0), name
+        rounding = 1e-7 if "logits/" in name else 0.0  # a mean of logits around 1 that cancel
+        for difference, size in SIZE_OF.items():
+            if name.endswith(difference):
+                rounding = abs(expected[name.replace(difference, size)]) * 2**-22
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=rounding), name
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -170,9 +175,7 @@ LORA = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False, "task_type": "C
     ("name", "build", "options"),
     [
         pytest.param("ORPOTrainer", llama, {}, id="llama"),
-        pytest.param(
-            "ORPOTrainer", llama, {"beta": 0.5, "gradient_accumulation_steps": 2}, id="accumulation"
-        ),
+        pytest.param("ORPOTrainer", llama, {"beta": 0.5, "gradient_accumulation_steps": 2}, id="accumulation"),
         pytest.param("ORPOTrainer", llama, {"gradient_checkpointing": True}, id="checkpointing"),
         pytest.param("ORPOTrainer", lambda: mixtral(True), {}, id="router loss"),
         pytest.param("ORPOTrainer", lambda: mixtral(False), {}, id="no router loss"),
@@ -235,9 +238,7 @@ def test_no_logits(tmp_path):
     widths = set()
     model.register_forward_hook(lambda module, args, output: widths.add(output.logits.shape[-1]))
     plan = Plan(scratch_bytes=1 << 20)
-    trainer = make(
-        ours.ORPOTrainer, model, tmp_path, eval_dataset=datasets.Dataset.from_list(PAIRS[:2]), plan=plan
-    )
+    trainer = make(ours.ORPOTrainer, model, tmp_path, eval_dataset=datasets.Dataset.from_list(PAIRS[:2]), plan=plan)
     trainer.train()
     trainer.evaluate()
     assert widths == {7}
@@ -275,9 +276,7 @@ def test_liger_kernels_beside_us(tmp_path):
 
 def test_resume_from_a_checkpoint(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
-    whole = make(
-        ours.ORPOTrainer, llama(), tmp_path, max_steps=3, **options | {"lr_scheduler_type": "constant"}
-    )
+    whole = make(ours.ORPOTrainer, llama(), tmp_path, max_steps=3, **options | {"lr_scheduler_type": "constant"})
     whole.train()
     runs = []
     for checkpoint in (None, f"{tmp_path}/checkpoint-3"):
@@ -296,7 +295,7 @@ def test_resume_from_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("build", [llama, lambda: mixtral(True)], ids=["llama", "mixtral"])
 def test_evaluation_over_examples(build, tmp_path):
-    rows = datasets.Dataset.from_list(PAIRS[:5])
+    rows = datasets.Dataset.from_list(MIXED)
 
     def evaluate(module: Any, batch_size: int) -> dict[str, float]:
         options = {"per_device_eval_batch_size": batch_size, "eval_dataset": rows}
@@ -310,7 +309,7 @@ def test_evaluation_over_examples(build, tmp_path):
         by_batch = ("logits/chosen", "logits/rejected", *(() if build is llama else ("loss",)))
         assert_same(evaluate(ours, size), expected, by_batch)
     at_four = evaluate(trl_orpo, 4)
-    assert abs(at_four["eval_rewards/accuracies"] - expected["eval_rewards/accuracies"]) > 0.1
+    assert abs(at_four["eval_rewards/accuracies"] - expected["eval_rewards/accuracies"]) > 0.05
 
 
 def test_dict_of_evaluation_sets(tmp_path):
@@ -325,13 +324,8 @@ def test_dict_of_evaluation_sets(tmp_path):
     assert {name for entry in trainer.state.log_history for name in entry} >= set(together) - {"epoch"}
     for name, part in parts.items():
         alone = make(ours.ORPOTrainer, llama(), tmp_path, eval_dataset=part).evaluate()
-        mine = {
-            key.replace(f"eval_{name}_", "eval_"): value
-            for key, value in together.items()
-            if f"_{name}_" in key
-        }
-        del alone["eval_model_preparation_time"]
-        assert_same(mine, alone)
+        mine = {key.replace(f"eval_{name}_", "eval_"): value for key, value in together.items() if f"_{name}_" in key}
+        assert_same(mine, alone, ("epoch",))
 
 
 def test_predictions_reach_compute_metrics(tmp_path):
@@ -411,9 +405,7 @@ def test_own_collator(tmp_path):
         None,
         lambda rows: {k: v for k, v in collate(rows).items() if isinstance(v, torch.Tensor)},
     ):
-        trainer = make(
-            ours.ORPOTrainer, llama(), tmp_path, data_collator=collator, remove_unused_columns=False
-        )
+        trainer = make(ours.ORPOTrainer, llama(), tmp_path, data_collator=collator, remove_unused_columns=False)
         trainer.train()
         runs.append(steps(trainer))
     for found, expected in zip(*runs, strict=True):  # the padding id shows in the mean logits only
@@ -470,15 +462,16 @@ def assistant(content: str) -> dict[str, str]:
 
 def tokenized(trainer: type, rows: list[dict], tmp_path: Any, **options: Any) -> list[dict]:
     return list(
-        make(
-            trainer, llama(), tmp_path, train_dataset=datasets.Dataset.from_list(rows), **options
-        ).train_dataset
+        make(trainer, llama(), tmp_path, train_dataset=datasets.Dataset.from_list(rows), **options).train_dataset
     )
 
 
 ORDINARY = {
     "strings": PAIRS,
-    "boundary inside a token": [{"prompt": "The answer is ", "chosen": "46", "rejected": "$46"}],
+    "boundary inside a token": [
+        {"prompt": "The answer is ", "chosen": "46", "rejected": "$46"},
+        {"prompt": "The answer is ", "chosen": "7", "rejected": "46"},  # its space is a token, or part of one
+    ],
     "specials inside": [{"prompt": "<|begin|>The<|end|>", "chosen": "a<|end|> b", "rejected": "46<|end|>"}],
     "empty parts": [
         {"prompt": "", "chosen": "46", "rejected": "$46"},
@@ -506,17 +499,14 @@ def test_rows_that_fit_are_as_trl_has_them(name, special, tmp_path):
 
 
 def test_several_tokens_that_merge_across_the_boundary(tmp_path):
-    """`xy` + `z` is one token, ` xyz`; TRL refuses the row."""
+    """`x`, `y` and `z` are one token, `xyz`; TRL refuses the row."""
     rows = [{"prompt": "is xy", "chosen": "z", "rejected": "zz"}]
     with pytest.raises(ValueError, match="should have the same length"):
         tokenized(trl_orpo.ORPOTrainer, rows, tmp_path)
     (row,) = tokenized(ours.ORPOTrainer, rows, tmp_path)
-    chosen = row["chosen_labels"]
-    assert TOKENIZER.convert_ids_to_tokens([label for label in chosen if label != -100]) == [
-        "Ġxyz",
-        "<|end|>",
-    ]
-    assert TOKENIZER.decode(row["prompt_input_ids"]) == "<|begin|>is"
+    completion = [label for label in row["chosen_labels"] if label != -100]
+    assert TOKENIZER.convert_ids_to_tokens(completion) == ["xyz", "<|end|>"]
+    assert TOKENIZER.decode(row["prompt_input_ids"]) == "<|begin|>is "
 
 
 @pytest.mark.parametrize(
@@ -529,7 +519,7 @@ def test_several_tokens_that_merge_across_the_boundary(tmp_path):
 )
 def test_rows_that_are_too_long_keep_their_completions(prompt, chosen, rejected, longest, expected, tmp_path):
     """Counts of tokens, the prompt's BOS and the completion's EOS included."""
-    texts = {"prompt": "4" * (prompt - 1), "chosen": "6" * (chosen - 1), "rejected": "6" * (rejected - 1)}
+    texts = {"prompt": "5" * (prompt - 1), "chosen": "7" * (chosen - 1), "rejected": "7" * (rejected - 1)}
     trainer = make(
         ours.ORPOTrainer,
         llama(),
@@ -544,9 +534,7 @@ def test_rows_that_are_too_long_keep_their_completions(prompt, chosen, rejected,
         assert row[f"{side}_input_ids"][: expected[0]] == row["prompt_input_ids"]
         assert row["prompt_input_ids"][0] == BOS
         assert (row[f"{side}_labels"][-1] == EOS) == (count == length)
-        assert (
-            len(row[f"{side}_labels"]) == len(row[f"{side}_attention_mask"]) == expected[0] + count <= longest
-        )
+        assert len(row[f"{side}_labels"]) == len(row[f"{side}_attention_mask"]) == expected[0] + count <= longest
     assert trainer.data_summary == DataSummary.from_rows([row], longest, 2)
     assert trainer.data_summary.overlong_prompts == (prompt > longest)
 
@@ -566,9 +554,7 @@ def test_padding_that_is_the_end_token(tmp_path):
             labels = [label for label in row[f"{side}_labels"] if label != -100]
             assert [label for label in target if label != -100] == labels
             assert labels[-1] == EOS
-    assert (nll_targets != -100).sum(1).tolist() == [
-        len(r["chosen_input_ids"]) - 1 for r in trainer.train_dataset
-    ]
+    assert (nll_targets != -100).sum(1).tolist() == [len(r["chosen_input_ids"]) - 1 for r in trainer.train_dataset]
 
 
 def test_summary_and_rows_with_nothing_to_score(tmp_path, caplog):
@@ -610,7 +596,7 @@ def missing(name: str) -> str:
     ("version", "hidden", "found"),
     [
         (lambda name: "1.17.0", False, "found trl 1.17.0"),
-        (lambda name: "0.24.0", True, r"found trl 0.24.0 \(.*trl.experimental.orpo"),
+        (lambda name: "0.24.0", True, r"found trl 0.24.0 \(.*trl.experimental"),
         (missing, True, r"found trl none \("),
     ],
     ids=["newer", "older", "missing"],

@@ -1,0 +1,270 @@
+"""One call of a model's head, answered with log-probabilities.
+
+    head, requested:   logps = linear_logps(hidden, weight, targets)      kept in the request
+                       logps, anchor = fork(logps)                        anchor [..., 7]: known numbers
+                       return anchor                                      in the place of the logits
+    after the model:   logps = join(logps, outputs.logits)                sends zeros back through the logits
+
+Fork and join make one path of the two. Hooks on module outputs (FSDP, ZeRO, DDP) fire in the backward only if
+a gradient arrives at the model's output; fork's backward needs both gradients, so it, and with it the head's,
+cannot run before those hooks. The values of `logits` carry no numbers of ours: soft-caps and output casts would
+change them. They carry seven known ones (`transform.PROBES`). Seven columns rather than one, because one would
+broadcast against a bias or an adapter's output without an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from orpo_kernels.linear_logps import head_options, scored_logps
+from orpo_kernels.plan import Plan
+from orpo_kernels.tokens import ScoredTokens
+
+from .adapter import LowRank, Step, join_adapters, low_rank_steps
+from .patch import is_tensor_parallel, plain_forward
+from .transform import PROBES, Transform, anchor_values
+
+
+@dataclass(eq=False)
+class Request:
+    """What is asked of the head, and what it answered.
+
+    targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
+    scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
+    mean_logits_over: see `ModelLogps.logps`. probe: return the probes and score nothing; answered: it has.
+    steps: the layers of an adapted head, from the last to the one being called. adapters: what each has added.
+    """
+
+    targets: Tensor
+    rows: Tensor | None
+    ignore_index: int
+    scored: ScoredTokens
+    hidden_shape: torch.Size
+    transform: Transform
+    plan: Plan | None
+    mean_logits_over: Tensor | None
+    probe: bool = False
+    calls: int = 0
+    answered: bool = False
+    logps: Tensor | None = None
+    mean_logits: Tensor | None = None
+    steps: list[Step] = field(default_factory=list, init=False)
+    adapters: list[LowRank] = field(default_factory=list, init=False)
+
+    def serve(self, layer: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The anchor [..., 7] in the place of layer(input): the head, a LoRA layer around it, or one of its B."""
+        if not isinstance(layer, nn.Linear):
+            self.steps = low_rank_steps(layer, input)
+            if not self.steps:
+                return plain_forward(layer, input, *args, **kwargs)
+        elif len(self.steps) > 1:
+            scale = self.steps.pop().scale
+            self.adapters.append(LowRank(whole(input), whole(layer.weight), whole(layer.bias), scale))
+        else:
+            return self._answer(layer, input)
+        step = self.steps[-1]
+        return step.layer(step.input)
+
+    def _answer(self, head: nn.Linear, input: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError(
+                "the model called its head twice in one forward (multi-token prediction?): only a head that is "
+                "called once can stand in for the logits"
+            )
+        hidden, weight, bias = _plain_tensors(head, input)
+        if self.rows is None:
+            check_shape(hidden.shape[:-1], self.targets.shape)
+        elif not torch.compiler.is_compiling():
+            # In a graph the numbers in hidden_shape would be constants; there, the anchor's shape tells later.
+            check_shape(hidden.shape[:-1], self.hidden_shape)
+        if self.probe:
+            # fp64 where there is one: a scale or a cap then comes out as exactly as the model's arithmetic allows.
+            wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
+            self.answered = True
+            return _like_input(_anchor(hidden, wide), input)
+        scale, softcap = self.transform
+        joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
+        logps = self._score(joined, weight, bias, adapter)
+        if self.mean_logits_over is not None and softcap is None:
+            self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
+        self.logps, anchor = _Fork.apply(logps, _anchor(hidden, logps.dtype))
+        return _like_input(anchor, input)
+
+    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> Tensor:
+        scale, softcap = self.transform
+        options = head_options(
+            hidden, weight, bias=bias, logit_scale=scale, softcap=softcap, plan=self.plan, adapter=adapter
+        )
+        if torch.compiler.is_compiling():
+            # How many tokens are scored is data: the operator selects them itself, so that one graph serves all.
+            from orpo_kernels.compiled import compiled_linear_logps
+
+            targets = self.targets.to(hidden.device)
+            rows = None if self.rows is None else self.rows.to(hidden.device)
+            return compiled_linear_logps(
+                hidden, weight, bias, targets, rows, self.ignore_index, options, adapter
+            )
+        scored = self.scored
+        if scored.targets.device != hidden.device:
+            scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
+        return scored_logps(hidden, weight, bias, scored, self.targets.shape, options, adapter)
+
+
+# The request in force. Kept in the module rather than on the model: a compiled model must not specialise on it.
+_request: Request | None = None
+
+
+# Named as what it stands in for: a pickled model looks its head's forward up by this name.
+def forward(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What an attached head does: answer the request in force, or its own product."""
+    if _request is None:
+        return plain_forward(self, input, *args, **kwargs)
+    return _request.serve(self, input, *args, **kwargs)
+
+
+def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
+    """The model's outputs with `request` in force; RuntimeError if its head did not answer it."""
+    global _request
+    if _request is not None:
+        raise RuntimeError(
+            "a model was asked for log-probabilities inside another such call: finish that one first"
+        )
+    _request = request
+    try:
+        outputs = model(**inputs)
+    except (RuntimeError, IndexError) as error:
+        if request.answered and request.calls == 1:
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} does something to its logits after the head that needs a "
+                f"column for each entry of the vocabulary; it found {len(PROBES)} placeholders and said: {error}"
+            ) from error
+        raise
+    finally:
+        _request = None
+    if request.calls == 0:
+        raise RuntimeError(
+            f"the forward of {type(model).__name__} did not call the attached head: something computed the logits "
+            "by another way (another library's fused loss, a replaced head). Remove that, or attach again"
+        )
+    if not isinstance(getattr(outputs, "logits", None), Tensor):
+        raise RuntimeError(
+            f"the forward of {type(model).__name__} returned a {type(outputs).__name__} without logits: leave "
+            "return_dict at its default"
+        )
+    return outputs
+
+
+def join(logps: Tensor, logits: Tensor) -> Tensor:
+    """logps on the device of logits; logits get a gradient of zeros."""
+    return _Join.apply(logps, logits)
+
+
+def check_shape(seen: torch.Size, expected: torch.Size) -> None:
+    if seen != expected:
+        raise RuntimeError(
+            f"the head was given hidden states [{', '.join(map(str, seen))}, D] where targets call for "
+            f"[{', '.join(map(str, expected))}, D]: do not pass logits_to_keep, and give targets one entry for "
+            "every input token (or rows and hidden_shape)"
+        )
+
+
+class _Fork(torch.autograd.Function):
+    """(logps, anchor) -> the same; the gradient of logps waits for the anchor's, which is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        return logps.clone(), anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor, grad_anchor: Tensor) -> tuple[Tensor, None]:
+        return grad_logps, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, logits: Tensor) -> Tensor:
+        ctx.device = logps.device
+        ctx.like = (logits.shape, logits.dtype, logits.device)
+        return logps.to(logits.device, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return grad.to(ctx.device), torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _anchor(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return anchor_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
+
+
+def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias such that this rank can multiply them by itself.
+
+    A tensor-parallel head is gathered: every rank of its group has the same hidden states, works on the whole
+    weight and keeps its own part of the gradient.
+    """
+    weight: Any = head.weight
+    bias: Any = head.bias
+    if _is_dtensor(weight):
+        if not (_is_dtensor(input) or is_tensor_parallel(head)):
+            raise RuntimeError(
+                f"the head's weight is a DTensor {weight.placements} and its input a plain tensor, so nn.Linear "
+                "could not multiply them either: call the FSDP model rather than the one inside it, or shard the "
+                "head with a parallel style that turns its input into a DTensor (ColwiseParallel)"
+            )
+        input, weight, bias = whole(input), whole(weight), whole(bias)
+    if weight.shape != (head.out_features, head.in_features):
+        raise RuntimeError(
+            f"the head's weight has shape {tuple(weight.shape)} and the head is {head.in_features} -> "
+            f"{head.out_features}: the weight was exchanged by hand, or is sharded by something that does not "
+            "gather it for the head's forward"
+        )
+    return input, weight, bias
+
+
+def whole(tensor: Any) -> Any:
+    """The whole of a DTensor, whose gradient is the same on every rank; anything else as it is."""
+    if not _is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def _like_input(anchor: Tensor, input: Any) -> Tensor:
+    """A DTensor where the head was given one, since what follows such a head expects one."""
+    if not _is_dtensor(input):
+        return anchor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = input.device_mesh
+    return DTensor.from_local(anchor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, scale: float, over: Tensor
+) -> Tensor:
+    """Each sequence's mean logit over the positions `over` [B, T] and the vocabulary: [B] fp32, no gradient.
+
+    The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b).
+    """
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        weights = over.to(hidden.device, torch.float32)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        # A sequence at a time, so that no fp32 copy of all hidden states is made.
+        mean = torch.stack([w @ h.float() for w, h in zip(weights, hidden, strict=True)])
+        columns = [weight] if adapter is None else [weight, adapter]
+        mean = mean @ torch.cat([part.mean(0, dtype=torch.float32) for part in columns])
+        if bias is not None:
+            mean = mean + bias.mean(dtype=torch.float32)
+        return mean * scale

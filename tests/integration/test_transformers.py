@@ -1,0 +1,232 @@
+"""The trainer that needs only transformers, against full logits and against itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
+from orpo_kernels.loss import orpo_from_logps
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "what is the colour of a sky blue green i do not know ask me again it was so".split()
+PAIRS = [
+    {"prompt": "what is the colour of a sky", "chosen": " blue", "rejected": " i do not know"},
+    {"prompt": "what is blue", "chosen": " the colour of the sky", "rejected": " green"},
+    {"prompt": "ask me", "chosen": " what is it", "rejected": " again again again again again"},
+    {"prompt": "is the sky green", "chosen": " it is not so", "rejected": " it is"},
+    {"prompt": "what was it", "chosen": " a colour", "rejected": " do not ask"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    # The padding token is the EOS token, as in many released models.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def config(tmp_path, **options) -> ORPOConfig:
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    return ORPOConfig(str(tmp_path), **{**defaults, **options})
+
+
+def full_logits_loss(model: nn.Module, batch: dict[str, torch.Tensor], config: ORPOConfig) -> torch.Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    targets = batch["input_ids"].roll(-1, 1)
+    logps = torch.log_softmax(logits, -1).gather(-1, targets[..., None]).squeeze(-1)
+    over_prompt = config.preset != "llama_factory"
+    return orpo_from_logps(
+        logps,
+        batch["targets"],
+        nll_targets=batch["nll_targets"] if over_prompt else None,
+        beta=config.beta,
+        preset=config.preset,
+    ).loss
+
+
+def losses(trainer: ORPOTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("preset", ["trl", "llama_factory", "paper"])
+def test_steps_equal_full_logits(tmp_path, tokenizer, model, preset):
+    reference = copy.deepcopy(model)
+    args = config(tmp_path, preset=preset, lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=0.0)
+    trainer = ORPOTrainer(model, args, train_dataset=PAIRS[:4], processing_class=tokenizer)
+    trainer.train()
+
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    expected = []
+    for _ in range(args.max_steps):
+        loss = full_logits_loss(reference, batch, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses(trainer) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_equal_full_logits(tmp_path, tokenizer, model):
+    trainer = ORPOTrainer(model, config(tmp_path), train_dataset=PAIRS[:4], processing_class=tokenizer)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    loss, *_ = trainer.orpo(model, batch)
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = full_logits_loss(model, batch, trainer.args)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        difference = torch.linalg.norm(found[name] - parameter.grad) / torch.linalg.norm(parameter.grad)
+        assert difference < 1e-5, name
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, tokenizer, model):
+    found = []
+    for batch_size in (4, 1):
+        args = config(tmp_path, per_device_eval_batch_size=batch_size)
+        trainer = ORPOTrainer(
+            copy.deepcopy(model), args, eval_dataset=PAIRS, train_dataset=PAIRS, processing_class=tokenizer
+        )
+        metrics = trainer.evaluate()
+        timings = ("_per_second", "_runtime", "_time")
+        found.append({name: value for name, value in metrics.items() if not name.endswith(timings)})
+    names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+    names |= {"logps/rejected", "logits/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"}
+    assert {f"eval_{name}" for name in (*names, "loss")} <= set(found[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-7)
+    assert all(math.isfinite(value) for value in found[0].values())
+
+
+def test_global_normalization_makes_accumulation_exact(tmp_path, tokenizer, model):
+    found = []
+    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
+        args = config(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            loss_normalization="global",
+        )
+        trainer = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS[:4], processing_class=tokenizer)
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append([entry[name] for name in ("loss", "grad_norm") for entry in logged])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_batch_normalization_is_the_mean_of_micro_batches(tmp_path, tokenizer, model):
+    args = config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1)
+    trainer = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS[:4], processing_class=tokenizer)
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    expected = [full_logits_loss(model, trainer.data_collator([row]), args).item() for row in rows]
+    trainer.train()
+    assert losses(trainer) == pytest.approx([sum(expected) / 4], rel=1e-5)
+
+
+def test_a_dict_of_evaluation_sets(tmp_path, tokenizer, model):
+    trainer = ORPOTrainer(
+        model,
+        config(tmp_path),
+        train_dataset=PAIRS,
+        eval_dataset={"first": PAIRS[:2], "last": PAIRS[2:]},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_first_rewards/margins"] != metrics["eval_last_rewards/margins"]
+    assert {"eval_first_loss", "eval_last_loss"} <= set(metrics)
+
+
+def test_resume_from_a_checkpoint(tmp_path, tokenizer, model):
+    args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
+    whole = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS, processing_class=tokenizer)
+    whole.train()
+    resumed = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS, processing_class=tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_is_off_by_default(tmp_path, tokenizer, model):
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = ORPOTrainer(model, config(tmp_path), train_dataset=PAIRS, processing_class=tokenizer)
+    assert {layer.self_attn.attention_dropout for layer in trainer.model.model.layers} == {0.0}
+
+
+def test_model_init(tmp_path, tokenizer, model):
+    trainer = ORPOTrainer(
+        None,
+        config(tmp_path, max_steps=1),
+        train_dataset=PAIRS,
+        processing_class=tokenizer,
+        model_init=lambda: copy.deepcopy(model),
+    )
+    trainer.train()
+    assert losses(trainer)
+
+
+def test_a_model_that_may_not_train_its_head_costs_no_head_gradient(tmp_path, tokenizer, model):
+    model.lm_head.requires_grad_(False)
+    trainer = ORPOTrainer(model, config(tmp_path, max_steps=1), train_dataset=PAIRS, processing_class=tokenizer)
+    trainer.train()
+    assert model.lm_head.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_normalization": "token"}, "loss_normalization='token': use 'batch' or 'global'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+        ({"beta": -1.0}, "beta=-1.0"),
+        ({"preset": "dpo"}, "preset='dpo' is unknown"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path, model):
+    with pytest.raises(TypeError, match="ORPOConfig"):
+        ORPOTrainer(model, {"beta": 0.1}, train_dataset=PAIRS)

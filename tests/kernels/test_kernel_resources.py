@@ -1,0 +1,66 @@
+"""What the kernels compile to, and that no tile shape asks for more than its card has."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orpo_kernels.kernels import configs
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+TARGETS = [configs.cuda_target(c) for c in (80, 86, 89, 90, 100, 120)] + [configs.hip_target("gfx942")]
+KERNELS = {
+    *("target", "sum", "maximum", "u"),
+    *("tile sums", "tile exponentials", "tile gradient", "slow maxima", "slow sums", "slow exponentials"),
+}
+
+
+# A process of its own: this one runs the kernels in the interpreter.
+def compile_kernels(*options: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, str(SCRIPT), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def assert_every_kernel_is_sound(result: subprocess.CompletedProcess[str]) -> None:
+    table = result.stdout
+    assert result.returncode == 0, table + result.stderr
+    assert re.search(r"^\d+ kernels, 0 with faults", table, re.MULTILINE), table
+    for target in ("80", "90", "100", "120", "gfx942"):
+        rows = [line for line in table.splitlines() if line.split()[0] == target]
+        assert {name for name in KERNELS for row in rows if f" {name} " in row} == KERNELS
+
+
+def test_default_tiles_of_every_target() -> None:
+    assert_every_kernel_is_sound(compile_kernels("--brief"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_default_tiles_with_every_head() -> None:
+    assert_every_kernel_is_sound(compile_kernels())
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shapes_fit_the_card(target: configs.Target, dtype: torch.dtype) -> None:
+    candidates = configs.candidates(target, dtype)
+    for tokens, hidden_size, heavy in ((1, 64, False), (4096, 576, False), (4096, 8192, True), (4096, 8192, False)):
+        config = configs.default(target, dtype, tokens, hidden_size, heavy)
+        assert config in candidates
+        assert config.block_c <= max(64, tokens)
+    for config in candidates:
+        assert config.shared_memory(dtype.itemsize) <= target.shared_memory
+        assert config.block_c * config.block_v // (32 * config.num_warps) <= 128, "accumulators a thread"
+
+
+def test_shared_memory_of_cards() -> None:
+    kib = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 75: 99}
+    assert {c: configs.cuda_target(c).shared_memory // 1024 for c in kib} == kib
+    assert configs.hip_target("gfx942").shared_memory == 64 * 1024
+    assert configs.target_of(torch.device("cpu")) is None
