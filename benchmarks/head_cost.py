@@ -50,9 +50,7 @@ def measure(contestant: str, dtype_name: str, shape: tuple[int, ...]) -> dict[st
     weight = (torch.randn(vocab_size, hidden_size) * 0.02).to(dtype).requires_grad_("trained" in contestant)
     targets = torch.randint(0, vocab_size, (2 * pairs, length))
     targets[torch.rand(targets.shape) < 0.25] = -100
-    plan = Plan(
-        scratch_bytes=12 * MIB if "12 MiB" in contestant else None, keep_logit_grads="kept" in contestant
-    )
+    plan = Plan(scratch_bytes=12 * MIB if "12 MiB" in contestant else None, keep_logit_grads="kept" in contestant)
 
     def step(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
         if contestant.startswith("full"):

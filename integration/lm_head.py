@@ -94,9 +94,7 @@ class ModelLogps:
         # From the head's description: its weight may be sharded or elsewhere until the model calls it.
         vocab_size, num_rows = self.head.out_features, hidden_shape.numel()
         scored = select_scored(targets, vocab_size, num_rows, ignore_index=ignore_index, rows=rows)
-        request = Request(
-            targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over
-        )
+        request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
         if self.transform is None:
             _say_if_tied(self.model, self.head)
             self.transform = _probe(call, replace(request, probe=True), inputs)
@@ -165,15 +163,11 @@ def _probe(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transfo
 
 def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
     if inputs.get("labels") is not None:
-        raise ValueError(
-            "labels were passed: the model would compute its own loss from placeholders; leave them out"
-        )
+        raise ValueError("labels were passed: the model would compute its own loss from placeholders; leave them out")
     wrapper: Any = call
     while isinstance(wrapper, nn.Module):
         if isinstance(wrapper, nn.DataParallel):
-            raise ValueError(
-                "nn.DataParallel replicates the head per thread: use DistributedDataParallel instead"
-            )
+            raise ValueError("nn.DataParallel replicates the head per thread: use DistributedDataParallel instead")
         wrapper = wrapper._modules.get("module")
 
 

@@ -107,9 +107,7 @@ class Request:
 
             targets = self.targets.to(hidden.device)
             rows = None if self.rows is None else self.rows.to(hidden.device)
-            return compiled_linear_logps(
-                hidden, weight, bias, targets, rows, self.ignore_index, options, adapter
-            )
+            return compiled_linear_logps(hidden, weight, bias, targets, rows, self.ignore_index, options, adapter)
         scored = self.scored
         if scored.targets.device != hidden.device:
             scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
@@ -132,9 +130,7 @@ def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
     """The model's outputs with `request` in force; RuntimeError if its head did not answer it."""
     global _request
     if _request is not None:
-        raise RuntimeError(
-            "a model was asked for log-probabilities inside another such call: finish that one first"
-        )
+        raise RuntimeError("a model was asked for log-probabilities inside another such call: finish that one first")
     _request = request
     try:
         outputs = model(**inputs)

@@ -62,9 +62,7 @@ class ORPOConfig(TrainingArguments):
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
     )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."}
-    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."})
     scratch_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
     )

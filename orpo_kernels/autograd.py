@@ -122,7 +122,6 @@ def hidden_gradient(
             member = groups.order[torch.where(has_one, starts + rank, starts)]
             term = u[member].to(wide).mul_(coefficient[member, None])
             total += term.masked_fill_(~has_one[:, None], 0.0)
-            del term
         grad.index_copy_(0, groups.unique[part], total.to(dtype))
     return grad
 

@@ -46,9 +46,7 @@ def _forward(
     """(logps [T], positions [N], sure_not [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
     scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
-    logps, saved = logps_forward(
-        hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs), adapter
-    )
+    logps, saved = logps_forward(hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs), adapter)
     positions = scored.positions
     if positions is None:
         positions = torch.arange(targets.numel(), device=targets.device)
@@ -98,21 +96,31 @@ def _backward(
     groups = None if rows is None else group_rows(token_rows)
     d_hidden = d_weight = d_bias = d_adapter = None
     if wants.hidden:
-        d_hidden = hidden_gradient(
-            hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan
-        )
+        d_hidden = hidden_gradient(hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan)
     if wants.head:
         saved = Saved(sure_not, lse, None, Kept(kept, reference, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
-        d_weight, d_bias, d_adapter = head_gradient(
-            tokens, weight, bias, coefficient, saved, options, wants, adapter
-        )
+        d_weight, d_bias, d_adapter = head_gradient(tokens, weight, bias, coefficient, saved, options, wants, adapter)
     grads = (d_hidden, d_weight, d_bias, d_adapter)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs, adapter):
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    rows,
+    ignore_index,
+    logit_scale,
+    softcap,
+    compute_dtype,
+    scratch_bytes,
+    keep,
+    needs,
+    adapter,
+):
     context = torch.library.get_ctx()
     n = context.new_dynamic_size()
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -138,7 +146,28 @@ def _(hidden, weight, bias, targets, rows, ignore_index, logit_scale, softcap, c
 
 
 @_backward.register_fake
-def _(grad, hidden, weight, bias, targets, rows, positions, sure_not, lse, u, kept, reference, columns, logit_scale, softcap, compute_dtype, scratch_bytes, keep, needs, adapter):
+def _(
+    grad,
+    hidden,
+    weight,
+    bias,
+    targets,
+    rows,
+    positions,
+    sure_not,
+    lse,
+    u,
+    kept,
+    reference,
+    columns,
+    logit_scale,
+    softcap,
+    compute_dtype,
+    scratch_bytes,
+    keep,
+    needs,
+    adapter,
+):
     def like(x, needed):
         return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
 

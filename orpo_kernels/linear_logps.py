@@ -51,9 +51,7 @@ def linear_logps(
 
     Raises ValueError or TypeError that names the argument, its value and what it must be.
     """
-    options = head_options(
-        hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, plan=plan
-    )
+    options = head_options(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, plan=plan)
     _check_targets(hidden, targets, rows)
     if torch.compiler.is_compiling():
         from orpo_kernels.compiled import compiled_linear_logps

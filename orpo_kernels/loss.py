@@ -60,9 +60,7 @@ def orpo_loss(
         ignore_index=ignore_index,
         plan=plan,
     )
-    return orpo_from_logps(
-        logps, targets, nll_targets=nll_targets, beta=beta, preset=preset, ignore_index=ignore_index
-    )
+    return orpo_from_logps(logps, targets, nll_targets=nll_targets, beta=beta, preset=preset, ignore_index=ignore_index)
 
 
 class OrpoLoss(nn.Module):

@@ -194,9 +194,7 @@ def orpo_objective_flat(
     check_logps("logps", logps)
     for name, index in (("pair", pair), ("kind", kind)):
         if logps.dim() != 1 or index.shape != logps.shape:
-            raise ValueError(
-                f"{name} has shape {list(index.shape)}, logps {list(logps.shape)}: give [N], one a token"
-            )
+            raise ValueError(f"{name} has shape {list(index.shape)}, logps {list(logps.shape)}: give [N], one a token")
     fits = (pair >= 0) & (pair < num_pairs) & (kind >= PROMPT) & (kind <= REJECTED)
     if _host_can_look(fits) and not bool(fits.all()):
         at = int(torch.argmin(fits.int()))
@@ -310,9 +308,7 @@ def _row_sums(name: str, logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}_mask is {mask.dtype}: give bool, such as targets != ignore_index")
     if mask.shape != logps.shape:
-        raise ValueError(
-            f"{name}_mask has shape {list(mask.shape)}, {name}_logps {list(logps.shape)}: make them equal"
-        )
+        raise ValueError(f"{name}_mask has shape {list(mask.shape)}, {name}_logps {list(logps.shape)}: make them equal")
     return torch.where(mask, logps, 0).sum(-1), mask.sum(-1)
 
 

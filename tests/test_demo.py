@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from orpo_kernels.__main__ import main
-from orpo_kernels.commands import compare, demo, demo_run, loss_memory
+from orpo_kernels.commands import demo, demo_run, loss_memory
+from orpo_kernels.commands.compare import Comparison, full_logits_loss
 from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.integration.transform import Transform
 from orpo_kernels.integration.transformers import ORPOTrainer
@@ -88,8 +89,8 @@ def test_files_and_metrics(finished: tuple[Path, dict[str, Any]], tiny: Path) ->
     assert metrics["model"] == tiny.name
     assert (metrics["train_pairs"], metrics["heldout_pairs"], metrics["steps"]) == (88, 24, 3)
     assert metrics["checks"]["loss_agrees_with_full_logits"]
-    assert metrics["checks"]["gradients_agree_with_full_logits"]
-    assert metrics["comparison"]["parameters"] == 2 * 7 * 2  # layers, adapted projections, LoRA's A and B
+    assert metrics["checks"]["gradients_agree_with_float64"]
+    assert metrics["comparison"]["trained_tensors"] == 2 * 7 * 2  # layers, adapted projections, LoRA's A and B
     assert [row["step"] for row in metrics["curves"]["train"]] == [1, 2, 3]
     held_out = metrics["curves"]["heldout"]
     assert [row["step"] for row in held_out] == [0, 1, 2, 3]
@@ -143,20 +144,38 @@ def test_exit_code_tells_a_wrong_loss_and_a_fallen_margin(
     assert not found["heldout_margin_rose"]
 
 
-def test_wrong_gradient_is_seen(tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def compared(tiny: Path, tmp_path: Path) -> Comparison:
     model, tokenizer = demo_run.load_model(str(tiny), None)
     trainer = demo_run.build_trainer(model, tokenizer, PAIRS[-2:], tmp_path, demo_run.Settings())
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset))
-    full = compare.run_pass(compare.with_full_logits, trainer, batch)
-    ours = compare.run_pass(compare.without_logits, trainer, batch)
-    assert compare.differences(ours, full)["parameter_gradient_relative_difference"] < 1e-5
-    name = next(name for name, gradient in full.gradients.items() if gradient.abs().max() > 0)
-    wrong = replace(ours, gradients={**ours.gradients, name: 1.01 * ours.gradients[name]})
-    found = compare.differences(wrong, full)
-    assert found["worst_parameter"] == name
-    assert found["worst_parameter_relative_difference"] == pytest.approx(0.01, rel=1e-2)
+    trainer.evaluate()
+    return Comparison.run(trainer, trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset)))
+
+
+def test_wrong_gradient_is_seen(compared: Comparison) -> None:
+    """One of 28 matrices is 1 % off."""
+    right = compared.figures()
+    assert right["parameter_gradient_difference"] < 1e-5
+    assert right["parameter_gradient_error_orpo_kernels"] < 1e-5
+    gradients = compared.ours.gradients
+    name = max(gradients, key=lambda name: gradients[name].norm())
+    ours = replace(compared.ours, gradients={**gradients, name: 1.01 * gradients[name]})
+    wrong = replace(compared, ours=ours).figures()
+    assert wrong["furthest_tensor"] == name
+    assert wrong["furthest_tensor_difference"] == pytest.approx(0.01, rel=1e-3)
+    metrics = {
+        "settings": asdict(demo_run.Settings()),
+        "heldout": {"before": {"margin": 0.0}, "after": {"margin": 1.0}},
+    }
+    assert demo_run.checks({**metrics, "comparison": right})["gradients_agree_with_float64"]
+    assert not demo_run.checks({**metrics, "comparison": wrong})["gradients_agree_with_float64"]
+
+
+def test_missing_gradient_is_seen(compared: Comparison) -> None:
+    name, *others = compared.full.gradients
+    ours = replace(compared.ours, gradients={other: compared.ours.gradients[other] for other in others})
     with pytest.raises(RuntimeError, match=f"one way only: {name}$"):
-        compare.differences(ours, replace(full, gradients={k: g for k, g in full.gradients.items() if k != name}))
+        replace(compared, ours=ours).figures()
 
 
 @pytest.mark.parametrize("transform", [Transform(), Transform(0.5, 20.0)])
@@ -224,7 +243,9 @@ class FullLogitsTrainer(ORPOTrainer):
     """Everything the same but the loss."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return compare.with_full_logits(self, inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return full_logits_loss(logits, inputs, self.args.beta)
 
 
 def test_smollm2_trains_as_with_full_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,15 @@ def test_any_number_of_tokens(tokens: int, fake: None) -> None:
     assert_within_budget(Shapes(tokens, 64, 300, torch.float32, train=("hidden", "weight"), plan=plan))
 
 
+@pytest.mark.parametrize("layout", ["ignored", "whole", "repeated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_many_hidden_rows(dtype: torch.dtype, layout: str, fake: None) -> None:
+    """[N, D] far larger than the budget: the gradient of hidden is made piece by piece."""
+    shapes = Shapes(8000, 512, 300, dtype, train=("hidden",), plan=Plan(scratch_bytes=2 * MIB), layout=layout)
+    measured = assert_within_budget(shapes)
+    assert 8000 * 512 * 4 > 4 * measured.schedule.scratch_bytes
+
+
 def test_fake_tensors_tell_the_truth(torch_backend: None) -> None:
     """The same call on real tensors allocates the same."""
     shapes = Shapes(

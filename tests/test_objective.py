@@ -75,9 +75,7 @@ def assert_matches_mpmath(chosen: float, rejected: float, dtype: torch.dtype) ->
     info = torch.finfo(dtype)
     term, log_odds, slope_w, slope_l = odds_ratio_mpmath(chosen, rejected)
     # The log odds add four numbers of this size.
-    size = abs(chosen - rejected) + 2 * (
-        1 + abs(math.log(-math.expm1(chosen))) + abs(math.log(-math.expm1(rejected)))
-    )
+    size = abs(chosen - rejected) + 2 * (1 + abs(math.log(-math.expm1(chosen))) + abs(math.log(-math.expm1(rejected))))
     for name, ours, exact in zip(
         ("term", "log_odds", "d/dl_w", "d/dl_l"),
         odds_ratio_ours(chosen, rejected, dtype),
@@ -108,9 +106,7 @@ def test_sure_chosen_answer_is_finite(chosen: float, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rejected", [-1e-4, -1e-8, -1e-20])
-def test_sure_rejected_answer_is_large_finite_and_of_the_right_sign(
-    rejected: float, dtype: torch.dtype
-) -> None:
+def test_sure_rejected_answer_is_large_finite_and_of_the_right_sign(rejected: float, dtype: torch.dtype) -> None:
     rejected = torch.tensor(rejected, dtype=dtype).item()
     term, log_odds, slope_w, slope_l = odds_ratio_ours(-1.0, rejected, dtype)
     assert term == pytest.approx(-math.log(-rejected), rel=0.1)
@@ -157,21 +153,15 @@ def test_odds_ratio_is_exact(dtype: torch.dtype, chosen: float, rejected: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("chosen", "rejected"), [(-24.0, -1.0), (-1.0, -24.0), (-300.0, -0.5), (-0.5, -60.0)]
-)
-def test_odds_ratio_is_exact_where_the_answers_differ(
-    chosen: float, rejected: float, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("chosen", "rejected"), [(-24.0, -1.0), (-1.0, -24.0), (-300.0, -0.5), (-0.5, -60.0)])
+def test_odds_ratio_is_exact_where_the_answers_differ(chosen: float, rejected: float, dtype: torch.dtype) -> None:
     assert_matches_mpmath(chosen, rejected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chosen", [-1e3, -90.0, -1.0, -math.log(2), -1e-6, -1e-25])
 @pytest.mark.parametrize("apart", [0.0, 1e-3, -1e-3])
-def test_odds_ratio_is_exact_where_the_answers_are_alike(
-    chosen: float, apart: float, dtype: torch.dtype
-) -> None:
+def test_odds_ratio_is_exact_where_the_answers_are_alike(chosen: float, apart: float, dtype: torch.dtype) -> None:
     chosen, rejected = torch.tensor([chosen, chosen * (1 + apart)], dtype=torch.float32).tolist()
     assert_matches_mpmath(chosen, rejected, dtype)
 
@@ -244,16 +234,12 @@ class Batch:
         return self.logps[scored], (row % num_pairs)[scored], kind[scored], num_pairs
 
 
-def make_batch(
-    seed: int = 0, num_pairs: int = 3, dtype: torch.dtype = torch.float64, length: int = 9
-) -> Batch:
+def make_batch(seed: int = 0, num_pairs: int = 3, dtype: torch.dtype = torch.float64, length: int = 9) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     logps = -3 * torch.rand(2 * num_pairs, length, generator=generator, dtype=torch.float64)
     position = torch.arange(length)
     start = torch.randint(1, length - 2, (num_pairs, 1), generator=generator).repeat(2, 1)
-    end = torch.minimum(
-        start + torch.randint(1, length, (2 * num_pairs, 1), generator=generator), torch.tensor(length)
-    )
+    end = torch.minimum(start + torch.randint(1, length, (2 * num_pairs, 1), generator=generator), torch.tensor(length))
     return Batch(
         logps.to(dtype).requires_grad_(),
         (position >= start) & (position < end),
@@ -282,9 +268,7 @@ def by_loop(batch: Batch, preset: Preset, beta: float) -> dict[str, float]:
         l_w, l_l = sum(chosen) / len(chosen), sum(rejected) / len(rejected)
         term, log_odds, *_ = map(float, odds_ratio_mpmath(l_w, l_l))
         pairs.append((l_w, l_l, term, log_odds))
-    mean_w, mean_l, mean_term, mean_log_odds = (
-        sum(column) / num_pairs for column in zip(*pairs, strict=True)
-    )
+    mean_w, mean_l, mean_term, mean_log_odds = (sum(column) / num_pairs for column in zip(*pairs, strict=True))
     return {
         "loss": preset.nll_weight * nll_loss + beta * mean_term,
         "rewards/chosen": beta * mean_w,
@@ -328,9 +312,7 @@ def test_objective_and_metrics_equal_a_loop(
     output = layout(batch, preset, beta=beta)
     expected = by_loop(batch, get_preset(preset), beta)
     ours = {"loss": output.loss, **output.metrics()}
-    assert {name: value.item() for name, value in ours.items()} == pytest.approx(
-        expected, rel=1e-12, abs=1e-14
-    )
+    assert {name: value.item() for name, value in ours.items()} == pytest.approx(expected, rel=1e-12, abs=1e-14)
     assert torch.equal(output.odds_ratio_loss, -output.log_odds_ratio)
     assert int(output.valid_pairs) == num_pairs
 
@@ -426,18 +408,13 @@ def test_normalizers_make_micro_batches_add_up_exactly(preset: str, as_tensor: b
     parts = [make_batch(seed) for seed in range(4)]
     whole = Batch(
         torch.cat([part.logps[:3] for part in parts] + [part.logps[3:] for part in parts]),
-        torch.cat(
-            [part.completion_mask[:3] for part in parts] + [part.completion_mask[3:] for part in parts]
-        ),
+        torch.cat([part.completion_mask[:3] for part in parts] + [part.completion_mask[3:] for part in parts]),
         torch.cat([part.nll_mask for part in parts]),
     )
     expected = rectangle(whole, preset)
     nll_count, pairs = expected.nll_count, expected.valid_pairs
     normalizers = (nll_count, pairs) if as_tensor else (int(nll_count), int(pairs))
-    outputs = [
-        rectangle(part, preset, nll_normalizer=normalizers[0], pair_normalizer=normalizers[1])
-        for part in parts
-    ]
+    outputs = [rectangle(part, preset, nll_normalizer=normalizers[0], pair_normalizer=normalizers[1]) for part in parts]
     total = torch.stack([output.loss for output in outputs]).sum()
     torch.testing.assert_close(total, expected.loss, rtol=1e-14, atol=0)
     # The metric remains a mean over its own batch.
@@ -675,9 +652,7 @@ def test_compiles_into_one_graph_for_all_lengths(layout: Layout) -> None:
 
     for length in (6, 8, 9, 12, 17):
         batch = make_batch(length, dtype=torch.float32, length=length)
-        arguments = (
-            (batch.logps, batch.completion_mask, batch.nll_mask) if layout is rectangle else batch.flat[:3]
-        )
+        arguments = (batch.logps, batch.completion_mask, batch.nll_mask) if layout is rectangle else batch.flat[:3]
         loss, metrics = compiled(*arguments)
         expected = layout(batch, "trl")
         assert torch.equal(loss, expected.loss)
@@ -692,7 +667,5 @@ def test_from_sums_is_what_both_layouts_end_in() -> None:
     batch = make_batch(8)
     sums = torch.where(batch.completion_mask, batch.logps, 0).sum(-1)
     nll_sums = torch.where(batch.nll_mask, batch.logps[:3], 0).sum(-1)
-    output = orpo_from_sums(
-        sums, batch.completion_mask.sum(-1), nll_sums, batch.nll_mask.sum(-1), preset="trl"
-    )
+    output = orpo_from_sums(sums, batch.completion_mask.sum(-1), nll_sums, batch.nll_mask.sum(-1), preset="trl")
     assert torch.equal(output.loss, rectangle(batch, "trl").loss)

@@ -65,9 +65,7 @@ def load_llama_factory() -> type:
         "get_batch_loss_metrics",
     }
     trainer.bases = []
-    trainer.body = [
-        node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name in wanted
-    ]
+    trainer.body = [node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
     assert {node.name for node in trainer.body if isinstance(node, ast.FunctionDef)} == wanted
     for node in trainer.body:
         if isinstance(node, ast.FunctionDef):
@@ -228,9 +226,7 @@ def test_trl_preset_equals_trl_on_a_llama(llama: LlamaForCausalLM, beta: float |
     metrics = output.metrics(
         logits_chosen=logits[:NUM_PAIRS, :-1].mean(), logits_rejected=logits[NUM_PAIRS:, :-1].mean()
     )
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
-        expected_metrics, rel=1e-5
-    )
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected_metrics, rel=1e-5)
     assert_gradients_agree(gradients(llama, output.loss), gradients(llama, expected))
 
 
@@ -262,19 +258,13 @@ def test_paper_preset_on_a_llama(llama: LlamaForCausalLM, nll_over: Any) -> None
     preset = dataclasses.replace(get_preset("paper"), nll_over=nll_over)
     output, logits = ours_through_full_logits(llama, batch, preset)
 
-    labels = (
-        batch.labels
-        if nll_over == "chosen"
-        else batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)
-    )
+    labels = batch.labels if nll_over == "chosen" else batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)
     chosen = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
     nll = llama(**{name: value[:NUM_PAIRS] for name, value in chosen.items()}).loss
     mean_logps = []
     for row in range(2 * NUM_PAIRS):
         places = (batch.labels[row] != IGNORED).nonzero().flatten()
-        logps = (
-            logits[row, places - 1].double().log_softmax(-1)[range(len(places)), batch.labels[row, places]]
-        )
+        logps = logits[row, places - 1].double().log_softmax(-1)[range(len(places)), batch.labels[row, places]]
         mean_logps.append(logps.mean())
     log_odds = torch.stack([torch.log(p / (1 - p)) for p in torch.stack(mean_logps).exp()])
     log_sigmoid = torch.log(torch.sigmoid(log_odds[:NUM_PAIRS] - log_odds[NUM_PAIRS:]))
@@ -310,9 +300,7 @@ def test_registry() -> None:
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match="preset='dpo' is unknown: use one of 'trl', 'llama_factory', 'paper'"
-    ):
+    with pytest.raises(ValueError, match="preset='dpo' is unknown: use one of 'trl', 'llama_factory', 'paper'"):
         get_preset("dpo")
     with pytest.raises(TypeError, match="preset is a int"):
         get_preset(1)

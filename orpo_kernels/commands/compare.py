@@ -1,7 +1,8 @@
-"""The same batch through full logits and without them: loss and gradients side by side.
+"""The same batch three ways: full logits, without logits, and float64 as the judge of both.
 
 The full-logits side is what a trainer without this package does: the model's own logits [2B, T, V], cross
-entropy, and the odds ratio as TRL writes it. It shares no code with the other side beyond the model.
+entropy, and the odds ratio as TRL writes it. It shares no code with the other side beyond the model. The judge
+does the head and the loss in float64, so that it differs from the full-logits side in rounding only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_kernels.integration.patch import find_head
+from orpo_kernels.integration.transform import Transform
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,90 +31,127 @@ class Pass:
     gradients: dict[str, Tensor]
 
 
-def full_logits_loss(logits: Tensor, inputs: dict[str, Tensor], beta: float) -> Tensor:
+def full_logits_loss(logits: Tensor, batch: Batch, beta: float) -> Tensor:
     """ORPO (arXiv 2403.07691) in plain PyTorch, on TRL's terms.
 
-    logits: [2B, T, V]. inputs: a batch of `PreferenceCollator`, with input_ids, attention_mask and targets
-    [2B, T]; the NLL runs over the whole chosen sequences. Returns the loss [].
+    logits: [2B, T, V]. batch: from `PreferenceCollator`, with input_ids, attention_mask and targets [2B, T];
+    the NLL runs over the whole chosen sequences. Returns the loss [].
     """
-    ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     next_ids = F.pad(ids[:, 1:], (0, 1), value=-100)  # [2B, T]
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), next_ids.flatten(), reduction="none")
-    logps = logps.view(next_ids.shape)
+    logps = -F.cross_entropy(logits.flatten(0, 1), next_ids.flatten(), reduction="none").view(next_ids.shape)
     pairs = len(logps) // 2
     nll = -logps[:pairs].sum() / (next_ids[:pairs] != -100).sum()
 
-    completion = inputs["targets"] != -100
+    completion = batch["targets"] != -100
     chosen, rejected = ((logps * completion).sum(-1) / completion.sum(-1)).chunk(2)
     log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
     return nll - beta * F.logsigmoid(log_odds).mean()
 
 
-def with_full_logits(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The batch's loss through `model(...).logits`."""
-    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return full_logits_loss(logits, batch, trainer.args.beta)
+@dataclass(frozen=True)
+class Comparison:
+    """Three passes over one batch; trainer: an `ORPOTrainer` that has seen a batch already."""
+
+    full: Pass
+    ours: Pass
+    exact: Pass
+
+    @classmethod
+    def run(cls, trainer: Any, batch: Batch) -> Comparison:
+        trainer.model.eval()
+        beta, inputs = trainer.args.beta, {name: batch[name] for name in ("input_ids", "attention_mask")}
+        head, transform = find_head(trainer.model), trainer._logps.transform
+
+        def logits() -> Tensor:
+            return trainer.model(**inputs, use_cache=False).logits
+
+        def full(hidden: list[Tensor]) -> Tensor:
+            return full_logits_loss(logits(), batch, beta)
+
+        def ours(hidden: list[Tensor]) -> Tensor:
+            return trainer.orpo(trainer.model, batch)[0]
+
+        def exact(hidden: list[Tensor]) -> Tensor:
+            logits()  # for the head's input
+            host_batch = {name: tensor.cpu() for name, tensor in batch.items()}
+            wide = _float64_logits(hidden[0], head, transform)
+            return full_logits_loss(wide, host_batch if wide.device.type == "cpu" else batch, beta)
+
+        return cls(*(_run(trainer.model, head, loss_of) for loss_of in (full, ours, exact)))
+
+    def figures(self) -> dict[str, Any]:
+        """Losses, and relative differences: of gradients, in the Euclidean norm.
+
+        `*_difference` is of ours from full logits, `*_error_*` of either from float64.
+        """
+        full, ours, exact = self.full, self.ours, self.exact
+        worst, apart = _furthest(ours.gradients, full.gradients)
+        return {
+            "loss_full_logits": full.loss,
+            "loss_orpo_kernels": ours.loss,
+            "loss_float64": exact.loss,
+            "loss_difference": abs(ours.loss / full.loss - 1),
+            "loss_error_full_logits": abs(full.loss / exact.loss - 1),
+            "loss_error_orpo_kernels": abs(ours.loss / exact.loss - 1),
+            **_three("hidden_gradient", *(side.hidden_gradient for side in (full, ours, exact))),
+            **_three("parameter_gradient", *(_flat(side.gradients) for side in (full, ours, exact))),
+            "trained_tensors": len(full.gradients),
+            "furthest_tensor": worst,
+            "furthest_tensor_difference": apart,
+        }
 
 
-def without_logits(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The batch's loss as the trainer computes it."""
-    return trainer.orpo(trainer.model, batch)[0]
-
-
-def run_pass(loss_of: Callable[[Any, dict[str, Tensor]], Tensor], trainer: Any, batch: dict[str, Tensor]) -> Pass:
-    """Forward and backward of one of the two above; the model's gradients are cleared before and after."""
-    model: nn.Module = trainer.model
-    seen: list[Tensor] = []
+def _run(model: nn.Module, head: nn.Linear, loss_of: Callable[[list[Tensor]], Tensor]) -> Pass:
+    """Forward and backward of `loss_of`, given the head's input once there is one. Clears the gradients."""
+    hidden: list[Tensor] = []
 
     def keep(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].requires_grad:  # not so when the head is probed
-            inputs[0].retain_grad()
-            seen.append(inputs[0])
+        inputs[0].retain_grad()
+        hidden.append(inputs[0])
 
     model.zero_grad(set_to_none=True)
-    hook = find_head(model).register_forward_pre_hook(keep)
+    hook = head.register_forward_pre_hook(keep)
     try:
-        loss = loss_of(trainer, batch)
+        loss = loss_of(hidden)
         loss.backward()
     finally:
         hook.remove()
-    (hidden,) = seen
-    assert hidden.grad is not None
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return Pass(loss.item(), hidden.detach(), hidden.grad, gradients)
+    assert hidden[0].grad is not None
+    return Pass(loss.item(), hidden[0].detach(), hidden[0].grad, gradients)
 
 
-def differences(ours: Pass, full: Pass) -> dict[str, Any]:
-    """How far `ours` is from `full`, relative to `full`; tensors by their Euclidean norms."""
-    if ours.gradients.keys() != full.gradients.keys():
-        odd = sorted(ours.gradients.keys() ^ full.gradients.keys())
-        raise RuntimeError(f"a gradient reached these parameters one way only: {', '.join(odd)}")
-    each = {name: _relative(grad, full.gradients[name]) for name, grad in ours.gradients.items()}
-    worst = max(each, key=lambda name: each[name])
-    all_ours = torch.cat([gradient.flatten() for gradient in ours.gradients.values()])
-    all_full = torch.cat([gradient.flatten() for gradient in full.gradients.values()])
+def _float64_logits(hidden: Tensor, head: nn.Linear, transform: Transform) -> Tensor:
+    device = torch.device("cpu") if hidden.device.type == "mps" else hidden.device  # MPS has no float64
+    weight = head.weight.detach().to(device, torch.float64)
+    bias = None if head.bias is None else head.bias.detach().to(device, torch.float64)
+    return transform(F.linear(hidden.to(device).double(), weight, bias))
+
+
+def _three(name: str, full: Tensor, ours: Tensor, exact: Tensor) -> dict[str, float]:
     return {
-        "loss_full_logits": full.loss,
-        "loss_orpo_kernels": ours.loss,
-        "loss_relative_difference": abs(ours.loss - full.loss) / abs(full.loss),
-        "hidden_gradient_norm_full_logits": _norm(full.hidden_gradient),
-        "hidden_gradient_norm_orpo_kernels": _norm(ours.hidden_gradient),
-        "hidden_gradient_relative_difference": _relative(ours.hidden_gradient, full.hidden_gradient),
-        "parameters": len(each),
-        "parameter_gradient_norm_full_logits": _norm(all_full),
-        "parameter_gradient_norm_orpo_kernels": _norm(all_ours),
-        "parameter_gradient_relative_difference": _relative(all_ours, all_full),
-        "worst_parameter": worst,
-        "worst_parameter_relative_difference": each[worst],
+        f"{name}_difference": _relative(ours, full),
+        f"{name}_error_full_logits": _relative(full, exact),
+        f"{name}_error_orpo_kernels": _relative(ours, exact),
     }
 
 
-def _norm(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor).item()
+def _furthest(ours: dict[str, Tensor], full: dict[str, Tensor]) -> tuple[str, float]:
+    """The tensor whose gradients are furthest apart, and by how much."""
+    if ours.keys() != full.keys():
+        odd = ", ".join(sorted(ours.keys() ^ full.keys()))
+        raise RuntimeError(f"a gradient reached these parameters one way only: {odd}")
+    apart = {name: _relative(gradient, full[name]) for name, gradient in ours.items()}
+    worst = max(apart, key=lambda name: apart[name])
+    return worst, apart[worst]
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
-    scale = _norm(expected)
-    off = _norm(found - expected)
+    off, scale = (torch.linalg.vector_norm(tensor).item() for tensor in (found - expected, expected))
     return off / scale if scale else off

@@ -51,13 +51,14 @@ def _panel(axes: Axes, curves: dict[str, list[dict[str, Any]]], key: str, title:
         linewidth=2.2,
         label="all held-out pairs",
     )
-    for row in (held_out[0], held_out[-1]):
+    first_at = (9, 4) if held_out[0][key] > held_out[-1][key] else (6, -15)  # beside the line
+    for row, at, side in ((held_out[0], first_at, "left"), (held_out[-1], (0, 9), "center")):
         axes.annotate(
-            f"{row[key]:.2f}",
+            f"{row[key]:.2f}".replace("-", "\N{MINUS SIGN}"),
             (row["step"], row[key]),
-            xytext=(0, 9),
+            xytext=at,
             textcoords="offset points",
-            ha="center",
+            ha=side,
             color=_HELD_OUT,
             fontweight="bold",
         )

@@ -194,5 +194,3 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise SystemExit(f"--dataset_name {path} is not valid JSON: {error}") from error
-
-

@@ -99,7 +99,6 @@ def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
     if dtype == torch.float32:
         shapes = [
             TileConfig(128, 64, 32, 8, 2),
-            TileConfig(64, 128, 32, 8, 2),
             TileConfig(64, 64, 32, 4, 2),
         ]
     elif target.backend == "hip":

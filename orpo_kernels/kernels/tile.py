@@ -69,7 +69,7 @@ def bent(x, logit_scale, softcap):
 
 @triton.jit
 def logit(r, softcap):
-    """z, within 2e-7 of cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
+    """z, within 4e-7 of cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
     if softcap is not None:
         return softcap - (2.0 * softcap) * r
     else:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from orpo_kernels.integration.lm_head import attach
 from torch import Tensor, nn
 from wrapping import (
     LEARNING_RATE,
@@ -28,6 +27,8 @@ from wrapping import (
     tiny_llama,
     train,
 )
+
+from orpo_kernels.integration.lm_head import attach
 
 WORLD = 2
 

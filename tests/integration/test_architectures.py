@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from orpo_kernels.integration.lm_head import ModelLogps, attach
-from orpo_kernels.integration.transform import Transform
-from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
@@ -62,6 +59,9 @@ from wrapping import (
     train,
 )
 
+from orpo_kernels.integration.lm_head import ModelLogps, attach
+from orpo_kernels.integration.transform import Transform
+from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 from orpo_kernels.loss import merge_targets
 
 IMAGE_TOKEN, IMAGE_PATCHES = VOCAB, 4

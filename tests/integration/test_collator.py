@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from orpo_kernels.integration.collator import PreferenceCollator, shift_labels
 
 EOS = 9
@@ -164,7 +165,5 @@ def test_bad_arguments():
         PreferenceCollator(PAD_IS_EOS, pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="has no rows"):
         PreferenceCollator(PAD_IS_EOS)([])
-    with pytest.raises(
-        ValueError, match=r"no 'chosen_input_ids', only \['chosen', 'prompt'\].*remove_unused_columns"
-    ):
+    with pytest.raises(ValueError, match=r"no 'chosen_input_ids', only \['chosen', 'prompt'\].*remove_unused_columns"):
         PreferenceCollator(PAD_IS_EOS)([{"prompt": "q", "chosen": "a"}])

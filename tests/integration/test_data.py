@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+
 from orpo_kernels.integration.collator import PreferenceCollator
 from orpo_kernels.integration.data import (
     TOKENIZED_COLUMNS,
@@ -25,8 +28,6 @@ from orpo_kernels.integration.data import (
     truncate_pair,
 )
 from orpo_kernels.integration.tokenization import prompt_length_by_text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 SIDES = ("chosen", "rejected")
 SENTENCES = ["The answer is 46 because the question asks for it.", "The answer is $46 and not 64."] * 3
@@ -125,12 +126,8 @@ TURNS = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assista
             id="strings",
         ),
         pytest.param(TURNS, TURNS, id="messages"),
-        pytest.param(
-            {"prompt": "q", "chosen": [assistant("a")], "rejected": assistant("b")}, TURNS, id="mixed"
-        ),
-        pytest.param(
-            {"prompt": [user("q")], "chosen": "a", "rejected": "b"}, TURNS, id="answers are strings"
-        ),
+        pytest.param({"prompt": "q", "chosen": [assistant("a")], "rejected": assistant("b")}, TURNS, id="mixed"),
+        pytest.param({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, TURNS, id="answers are strings"),
         pytest.param(
             {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
             TURNS,
@@ -333,9 +330,7 @@ def test_slow_tokenizer_splits_at_the_same_character(prompt, chosen):
 @pytest.mark.parametrize("prompt", ["The ", "<|begin|>The ", "The<|end|>", "<|begin|>"])
 @pytest.mark.parametrize("answer", ["46", "46<|end|>", "", "4<|end|>6"])
 def test_bos_as_the_tokenizer_adds_it_and_one_eos(adds, prompt, answer):
-    row = tokenize_pair(
-        {"prompt": prompt, "chosen": answer, "rejected": "x"}, make_tokenizer(adds=adds, pad_token="x")
-    )
+    row = tokenize_pair({"prompt": prompt, "chosen": answer, "rejected": "x"}, make_tokenizer(adds=adds, pad_token="x"))
     ids, completion = row["chosen_input_ids"], completion_ids(row, "chosen")
     has_bos = "<|begin|>" in adds or "<|begin|>" in prompt
     assert ids.count(BOS) == has_bos
@@ -650,9 +645,7 @@ def test_unusable_rows_of_a_stream_are_dropped_aloud(make):
 def test_one_empty_side_is_kept():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows, summary = prepare_dataset(
-            [NOTHING | {"rejected": "x"}], make_tokenizer(eos_token=None), batch_size=1
-        )
+        rows, summary = prepare_dataset([NOTHING | {"rejected": "x"}], make_tokenizer(eos_token=None), batch_size=1)
     assert (len(rows), summary.dropped, summary.scored_tokens) == (1, 0, 1)
 
 
@@ -692,10 +685,7 @@ def test_tokenizer_is_left_as_it_was():
 
 
 def test_summary():
-    rows = [
-        truncate_pair(flat_row(*lengths), 32, BOS)
-        for lengths in ((40, 10, 5), (32, 30, 3), (4, 4, 4), (0, 1, 0))
-    ]
+    rows = [truncate_pair(flat_row(*lengths), 32, BOS) for lengths in ((40, 10, 5), (32, 30, 3), (4, 4, 4), (0, 1, 0))]
     summary = DataSummary.from_rows(rows, 32, batch_size=2)
     assert summary == DataSummary(
         pairs=3,
@@ -743,16 +733,12 @@ def smollm2():
 
 def test_smollm2(smollm2):
     question = "How far is the moon?" * 200
-    row = tokenize_pair(
-        {"prompt": question, "chosen": [assistant("Far.")], "rejected": "Near 😀."}, smollm2, 64
-    )
+    row = tokenize_pair({"prompt": question, "chosen": [assistant("Far.")], "rejected": "Near 😀."}, smollm2, 64)
     assert smollm2.decode(completion_ids(row, "chosen")) == "Far.<|im_end|>\n"
     assert smollm2.decode(completion_ids(row, "rejected")) == "Near 😀.<|im_end|>\n"
     assert row["length"] == 64
     assert row["chosen_input_ids"][0] == smollm2.bos_token_id
-    assert smollm2.decode(row["chosen_input_ids"]).endswith(
-        "moon?<|im_end|>\n<|im_start|>assistant\nFar.<|im_end|>\n"
-    )
+    assert smollm2.decode(row["chosen_input_ids"]).endswith("moon?<|im_end|>\n<|im_start|>assistant\nFar.<|im_end|>\n")
     row = tokenize_pair({"prompt": "The answer is ", "chosen": "46", "rejected": "$46"}, smollm2)
     assert parts(row, "chosen", smollm2) == (["The", " answer", " is", " "], ["4", "6", "<|im_end|>"])
     assert parts(row, "rejected", smollm2) == (["The", " answer", " is"], [" $", "4", "6", "<|im_end|>"])

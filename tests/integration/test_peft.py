@@ -12,7 +12,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from orpo_kernels.integration.lm_head import ModelLogps, attach
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,6 +31,7 @@ from wrapping import (
     train,
 )
 
+from orpo_kernels.integration.lm_head import ModelLogps, attach
 from orpo_kernels.loss import merge_targets
 
 BATCH = make_batch()

@@ -7,13 +7,34 @@ import math
 
 import pytest
 import torch
-from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
-from orpo_kernels.loss import orpo_from_logps
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "what is the colour of a sky blue green i do not know ask me again it was so".split()
+from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
+from orpo_kernels.loss import orpo_from_logps
+
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "colour",
+    "of",
+    "a",
+    "sky",
+    "blue",
+    "green",
+    "i",
+    "do",
+    "not",
+    "know",
+    "ask",
+    "me",
+    "again",
+    "it",
+    "was",
+    "so",
+]
 PAIRS = [
     {"prompt": "what is the colour of a sky", "chosen": " blue", "rejected": " i do not know"},
     {"prompt": "what is blue", "chosen": " the colour of the sky", "rejected": " green"},

@@ -20,12 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from wrapping import Trained, checkpointed, make_batch, scaled, tiny_llama, with_a_frozen
+from wrapping import Trained, checkpointed, make_batch, scaled, through, tiny_llama, with_a_frozen
+
+from orpo_kernels.integration.lm_head import attach
 
 BF16 = torch.bfloat16
 
@@ -155,13 +157,9 @@ SETUPS: dict[str, Setup] = {
     "FSDP2 bf16": Setup(fsdp2("root", param_dtype=BF16), rounded=True),
     "FSDP2 bf16, head in a group of its own": Setup(fsdp2("own", param_dtype=BF16), rounded=True),
     "FSDP2, nothing to score on one rank": Setup(fsdp2("own"), batch=second_rank_scores_nothing),
-    "DTensor head, gathered logits": Setup(
-        sharded_head(ColwiseParallel(output_layouts=Replicate())), same_data=True
-    ),
+    "DTensor head, gathered logits": Setup(sharded_head(ColwiseParallel(output_layouts=Replicate())), same_data=True),
     "DTensor head, sharded logits": Setup(sharded_head(ColwiseParallel(use_local_output=False)), same_data=True),
-    "DTensor head, sharded along D": Setup(
-        sharded_head(RowwiseParallel(input_layouts=Replicate())), same_data=True
-    ),
+    "DTensor head, sharded along D": Setup(sharded_head(RowwiseParallel(input_layouts=Replicate())), same_data=True),
     "DTensor head within FSDP2": Setup(
         sharded_head(ColwiseParallel(output_layouts=Replicate()), fsdp=True), same_data=True
     ),
@@ -221,6 +219,18 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", [*SETUPS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SLOW_SETUPS)])
 def test_trains_as_one_process_on_full_logits(name: str, results: Callable[[str], Any]):
     check_setup(ALL_SETUPS[name], results(name))
+
+
+def test_a_sharded_weight_that_nothing_gathers_is_an_error(tmp_path: Path):
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_llama()
+        weight = distribute_tensor(model.lm_head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = nn.Parameter(weight)
+        with pytest.raises(RuntimeError, match=r"weight is a DTensor \(Shard\(dim=0\),\) and its input a plain tensor"):
+            through(attach(model))(model, make_batch())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_accelerate_launch(tmp_path: Path):

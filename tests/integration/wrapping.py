@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from orpo_kernels.integration.lm_head import ModelLogps
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orpo_kernels.integration.lm_head import ModelLogps
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 
 VOCAB = 97

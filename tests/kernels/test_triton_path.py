@@ -144,6 +144,7 @@ HEADS = {
     "plain": {},
     "bias": {"bias": True},
     "scale": {"scale": 0.0625, "spread": 40.0},
+    "large logits": {"bias": True, "spread": 60.0},
     "softcap": {"softcap": 5.0},
     "everything": {"bias": True, "scale": 1.5, "softcap": 5.0, "rows": True},
     "beyond the cap": {"softcap": 30.0, "spread": 60.0},
@@ -290,6 +291,21 @@ def test_sure_tokens(generator: torch.Generator, dtype: torch.dtype) -> None:
             assert relative(d_weight, want.g[t, :, None] * want.hidden[t]) <= allowed, want.gap[t]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sure_tokens_of_many_equal_competitors(generator: torch.Generator, dtype: torch.dtype) -> None:
+    """Each competitor alone is too small for the first pass long before their sum is."""
+    v, z_y = 100, torch.arange(20.0, 100.0, 4.0)
+    weight = torch.linalg.qr(torch.randn(128, v, generator=generator, device=DEVICE))[0].T.to(dtype)
+    targets = torch.randint(v, z_y.shape, generator=generator, device=DEVICE)
+    hidden = (weight[targets].float() * z_y.to(DEVICE)[:, None]).to(dtype)
+    problem = Problem(Tokens(hidden, None, targets), Head(weight, None, 1.0, None, dtype))
+    want, got = exact(problem), run(problem)
+    assert got.u is not None
+    assert ((got.gap - want.gap).abs() <= 4 * rounding(torch.float32) * want.z.abs().amax(1)).all()
+    error = (got.u - want.u).norm(dim=1) / want.u.norm(dim=1)
+    assert (error <= (5e-3 if dtype == torch.bfloat16 else 1e-5)).all()
+
+
 def test_slow_lane_is_needed_and_changes_no_other_row(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,8 +330,8 @@ def test_a_whole_chunk_in_the_slow_lane(generator: torch.Generator) -> None:
     want = exact(problem)
     got = run(problem, chunk=33)
     assert got.u is not None
-    assert ((got.gap - want.gap).abs() <= 4 * rounding(torch.float32) * 1000.0).all()
-    assert relative(got.u, want.u) <= 4e-4
+    assert ((got.gap - want.gap).abs() <= 1000.0 * 8e-7).all()  # 4e-7 of the cap off each of two logits
+    assert relative(got.u, want.u) <= 1e-3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -359,10 +375,10 @@ def test_entries_masked_by_a_bias_of_minus_infinity(generator: torch.Generator) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(generator: torch.Generator, dtype: torch.dtype) -> None:
-    plain = make(generator, 37, 40, 130, dtype)
+    plain = make(generator, 33, 40, 70, dtype)
     hidden, weight = plain.tokens.hidden, plain.head.weight
     want = run(plain)
-    wider = torch.zeros(37, 3, 81, dtype=dtype, device=DEVICE)
+    wider = torch.zeros(33, 3, 81, dtype=dtype, device=DEVICE)
     wider[:, 1, :80:2] = hidden
     for strided_hidden in (hidden.T.contiguous().T, wider[:, 1, :80:2]):
         assert torch.equal(strided_hidden, hidden)
@@ -373,7 +389,7 @@ def test_strides(generator: torch.Generator, dtype: torch.dtype) -> None:
             torch.testing.assert_close(got.u, want.u)
             gradients = [
                 triton_path.weight_gradient(
-                    *p, torch.ones(37, device=DEVICE), want.lse, None, schedule(plain), True, False, config=CONFIG
+                    *p, torch.ones(33, device=DEVICE), want.lse, None, schedule(plain), True, False, config=CONFIG
                 )[0]
                 for p in (plain, Problem(tokens, head))
             ]
@@ -449,12 +465,12 @@ def test_same_bits_twice(generator: torch.Generator, dtype: torch.dtype) -> None
 
 
 def test_chunks_change_nothing_but_roundings(generator: torch.Generator) -> None:
-    problem = make(generator, 90, 40, 150, torch.bfloat16, bias=True)
-    want, whole = exact(problem), run(problem, chunk=90)
+    problem = make(generator, 70, 40, 90, torch.bfloat16, bias=True)
+    want, whole = exact(problem), run(problem, chunk=70)
     assert_same(run(problem, chunk=7), whole, same_product=False)
     coefficient = want.sure_not.float()
     errors = []
-    for back in ((90, 150), (7, 17)):
+    for back in ((70, 90), (9, 17)):
         d_weight, _ = triton_path.weight_gradient(
             *problem, coefficient, whole.lse, None, schedule(problem, back=back), True, False, config=CONFIG
         )
