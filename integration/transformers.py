@@ -156,9 +156,10 @@ class ORPOTrainer(Trainer):
             prepared.append(rows)
             summaries.append(summary)
         self.data_summary, self.eval_data_summary = summaries
-        if args.accelerator_config.dispatch_batches is None:
+        accelerator_config: Any = args.accelerator_config
+        if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config.dispatch_batches = False
         self._train_rows: list[Tensor] = []
         self._eval_rows: list[Tensor] = []
         self._logps: ModelLogps | None = None

@@ -51,16 +51,19 @@ def _forward(
     if positions is None:
         positions = torch.arange(targets.numel(), device=targets.device)
     full = logps.new_zeros(targets.numel()).index_copy_(0, positions, logps)
-    none = logps.new_empty(0, 0)
     kept = saved.kept
+
+    def none() -> Tensor:  # a new one each time: an operator must not return a tensor twice
+        return logps.new_empty(0, 0)
+
     return (
         full,
         positions,
         saved.sure_not,
         saved.lse,
-        none if saved.u is None else saved.u,
-        none if kept is None else kept.values,
-        none.clone() if kept is None else kept.reference,
+        none() if saved.u is None else saved.u,
+        none() if kept is None else kept.values,
+        none() if kept is None else kept.reference,
         0 if kept is None else kept.columns,
     )
 

@@ -133,7 +133,7 @@ def merge_targets(targets: Tensor, nll_targets: Tensor | None, *, ignore_index: 
     differs = (chosen != nll_targets) & (chosen != ignore_index) & (nll_targets != ignore_index)
     message = "targets and nll_targets name different tokens for the same place"
     if differs.device.type == "cuda":
-        torch._assert_async(~differs.any(), message)  # type: ignore[arg-type]  # no wait for the device
+        torch._assert_async(~differs.any(), message)  # no wait for the device
     elif not torch.compiler.is_compiling() and bool(differs.any()):
         row, place = differs.nonzero()[0].tolist()
         raise ValueError(

@@ -7,6 +7,11 @@ import os
 import pytest
 import torch
 
+# One worker of several (pytest-xdist): more threads than cores only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append("cuda")

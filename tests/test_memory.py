@@ -291,7 +291,7 @@ def test_gradient_of_many_hidden_rows(dtype: torch.dtype, layout: str, fake: Non
     """[N, D] far larger than the budget: the gradient of hidden is made piece by piece."""
     shapes = Shapes(8000, 512, 300, dtype, train=("hidden",), plan=Plan(scratch_bytes=2 * MIB), layout=layout)
     measured = assert_within_budget(shapes)
-    assert 8000 * 512 * 4 > 4 * measured.schedule.scratch_bytes
+    assert 4 * measured.schedule.scratch_bytes < 8000 * 512 * 4
 
 
 def test_fake_tensors_tell_the_truth(torch_backend: None) -> None:

@@ -2,7 +2,8 @@
 
 The self-test computes log-probabilities and gradients with the backend a call would choose, on every device and
 dtype, and compares them with float64 on the same inputs. The limits are the package's promises, except where
-PyTorch's own full logits in that dtype are more than half as far off: then it is twice their error.
+PyTorch's own full logits in that dtype are more than half as far off: then it is twice their error. (Not so for
+log-probabilities of 16-bit inputs: full logits lose there what is kept here.)
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def _self_test(device: torch.device, dtype: torch.dtype, seed: int) -> Line:
     torch_own = _errors(_results(_full, hidden, weight, targets, upstream), exact)
     ours = _errors(_results(linear_logps, hidden, weight, targets, upstream), exact)
     limits = [max(promised, 2 * own) for promised, own in zip(_PROMISED[dtype], torch_own, strict=True)]
+    if dtype.itemsize == 2:
+        limits[0] = _PROMISED[dtype][0]
     why = why_not_triton(Head(weight, None, 1.0, None, dtype))
     name = str(dtype).removeprefix("torch.")
     return Line(
@@ -114,8 +117,9 @@ def _full(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _errors(found: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
     logps, *gradients = (tensor.cpu().double() for tensor in found)
-    relative = (torch.linalg.norm(g - e) / torch.linalg.norm(e) for g, e in zip(gradients, exact[1:], strict=True))
-    return float((logps - exact[0]).abs().max()), float(max(relative))
+    relative = [torch.linalg.norm(g - e) / torch.linalg.norm(e) for g, e in zip(gradients, exact[1:], strict=True)]
+    # Tensors' own max, which a NaN does not pass by.
+    return float((logps - exact[0]).abs().max()), float(torch.stack(relative).max())
 
 
 def _devices() -> list[torch.device]:

@@ -61,6 +61,10 @@ class LoraArguments:
     )
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The example as it is written, and every argument's default."""
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "train", help="preference-tune a model on your own pairs", add_help=False, prefix_chars="\0"
@@ -75,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     print(trainer.data_summary if trainer.data_summary is not None else "streaming data: no summary", flush=True)
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
-    trainer.save_state()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
+    trainer.save_state()
     if trainer.is_world_process_zero():
         path = Path(config.output_dir) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -98,13 +102,16 @@ def parse(arguments: list[str]) -> Any:
         prog="orpo-kernels train",
         description="Preference-tune a causal language model with ORPO, without its logits.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        return parser.parse_json_file(arguments[0])
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(arguments[0])
-    return parser.parse_args_into_dataclasses(arguments)
+    try:
+        if len(arguments) == 1 and arguments[0].endswith(".json"):
+            return parser.parse_json_file(arguments[0])
+        if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+            return parser.parse_yaml_file(arguments[0])
+        return parser.parse_args_into_dataclasses(arguments)
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"orpo-kernels train: {error}") from error
 
 
 def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, config: Any) -> Any:
@@ -153,7 +160,16 @@ def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
         raise SystemExit(f"--eval_fraction {data_args.eval_fraction}: use a share from 0 up to, not including, 1")
     if data_args.eval_fraction and data_args.dataset_test_split:
         raise SystemExit("--eval_fraction and --dataset_test_split were both given: use one")
+    train, held_out = _load(data_args)
+    if len(train) == 0:
+        raise SystemExit(f"--dataset_name {data_args.dataset_name} leaves no rows to train on")
+    return train, held_out
+
+
+def _load(data_args: DataArguments) -> tuple[Any, Any]:
     path = Path(data_args.dataset_name)
+    if path.suffix in _SUFFIXES and not path.exists():
+        raise SystemExit(f"--dataset_name {path}: there is no such file")
     if path.is_file() and _SUFFIXES.get(path.suffix) == "json":
         rows: Any = _read_json(path)
         if data_args.dataset_test_split:

@@ -39,9 +39,11 @@ class Tokens(NamedTuple):
 class Head(NamedTuple):
     """What turns a hidden row into logits: z = cap * tanh(x / cap) with x = logit_scale * (W h + b).
 
-    weight: [V, D]; bias: [V] or None. adapter: [V, r] or None, columns appended to the weight: the product's
-    inner dimension is then D + r, hidden's too, and a low-rank update W + B A is [W | B] on [h | A h]. compute_dtype is what the operands of every product are rounded to
-    (autocast's, or the common dtype of the inputs); sums are carried in `accumulation_dtype`.
+    weight: [V, D]; bias: [V] or None.
+    adapter: [V, r] or None, columns appended to the weight: the product's inner dimension is then D + r, hidden's
+    too, and a low-rank update W + B A is [W | B] on [h | A h].
+    compute_dtype is what the operands of every product are rounded to (autocast's, or the common dtype of the
+    inputs); sums are carried in `accumulation_dtype`.
     """
 
     weight: Tensor

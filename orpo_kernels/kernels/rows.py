@@ -23,7 +23,10 @@ def finite(x):
     return tl.where(x == -float("inf"), 0.0, x)
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(
+    do_not_specialize=["C"],
+    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_z_y", "p_slope_y", "p_base"],
+)
 def target_kernel(
     p_hidden,
     p_rows,
@@ -67,7 +70,10 @@ def target_kernel(
     tl.store(p_base + o_c, finite(z_y), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["C", "n_v"])
+@triton.jit(
+    do_not_specialize=["C", "n_v"],
+    do_not_specialize_on_alignment=["p_base", "p_z_y", "p_gap", "p_lse"],
+)
 def sum_kernel(
     p_partial,  # [n_v, C] fp32
     p_base,
@@ -98,7 +104,7 @@ def sum_kernel(
     tl.store(p_lse + o_c, base + log_sum, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["C", "V", "n_v"])
+@triton.jit(do_not_specialize=["C", "V", "n_v"], do_not_specialize_on_alignment=["p_base"])
 def maximum_kernel(
     p_partial,  # [n_v, C] fp32
     p_first_sum,
@@ -123,7 +129,7 @@ def maximum_kernel(
     tl.store(p_base + o_c, finite(largest), mask=m_slow)
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["p_targets", "p_slope_y"])
 def u_kernel(
     p_product,  # [C, D] fp32: E W
     p_weight,

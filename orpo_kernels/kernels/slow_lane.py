@@ -34,7 +34,10 @@ def is_abnormal(S, V):
     return (S > 2.0**100) | (S < V * 2.0**-110)
 
 
-@triton.jit(do_not_specialize=["C", "V"])
+@triton.jit(
+    do_not_specialize=["C", "V"],
+    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_base"],
+)
 def slow_kernel(
     p_hidden,
     p_rows,

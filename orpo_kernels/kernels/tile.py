@@ -185,7 +185,11 @@ def tile_of(program, n_c, n_v, GROUP: tl.constexpr):
     return group * GROUP + within % size, within // size
 
 
-@triton.jit(do_not_specialize=["v_start", "C", "V"])
+# Slices of the tokens' own numbers start anywhere: one compiled kernel serves them all.
+@triton.jit(
+    do_not_specialize=["v_start", "C", "V"],
+    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_reference", "p_coefficient"],
+)
 def tile_kernel(
     p_hidden,  # rows of any strides
     p_rows,  # [C] int64, or None
