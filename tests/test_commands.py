@@ -131,11 +131,11 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o
 
 
 def test_arguments_reach_their_places():
-    model, data, lora, config = parse(
-        NEEDED
-        + ["--dtype", "float32", "--eval_fraction", "0.25", "--use_peft", "--lora_target_modules", "q_proj", "lm_head"]
-        + ["--beta", "0.3", "--preset", "llama_factory", "--max_length", "77", "--learning_rate", "1e-3"]
+    options = (
+        "--dtype float32 --eval_fraction 0.25 --use_peft --lora_target_modules q_proj lm_head "
+        "--beta 0.3 --preset llama_factory --max_length 77 --learning_rate 1e-3"
     )
+    model, data, lora, config = parse(NEEDED + options.split())
     assert (model.model_name_or_path, model.dtype) == ("m", "float32")
     assert (data.dataset_name, data.eval_fraction) == ("d", 0.25)
     assert (lora.use_peft, lora.lora_target_modules) == (True, ["q_proj", "lm_head"])
