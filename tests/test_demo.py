@@ -248,6 +248,13 @@ class FullLogitsTrainer(ORPOTrainer):
         return full_logits_loss(logits, inputs, self.args.beta)
 
 
+def test_output_dir_that_is_a_file_is_named(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    assert main(["demo", "--model", str(tiny), "--output-dir", str(taken)]) == 2
+    assert f"--output-dir {taken}: File exists" in capsys.readouterr().err
+
+
 def test_smollm2_trains_as_with_full_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two optimiser steps of the demo's own model, both ways: the loss before, between and after."""
     model, tokenizer = demo_run.load_model(*demo.locate_model(None))

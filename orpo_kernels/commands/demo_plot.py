@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 _TRAIN = "#9aa5b1"
@@ -51,22 +52,22 @@ def _panel(axes: Axes, curves: dict[str, list[dict[str, Any]]], key: str, title:
         linewidth=2.2,
         label="all held-out pairs",
     )
-    first_at = (9, 4) if held_out[0][key] > held_out[-1][key] else (6, -15)  # beside the line
-    for row, at, side in ((held_out[0], first_at, "left"), (held_out[-1], (0, 9), "center")):
+    for row in (held_out[0], held_out[-1]):
         axes.annotate(
             f"{row[key]:.2f}".replace("-", "\N{MINUS SIGN}"),
             (row["step"], row[key]),
-            xytext=at,
+            xytext=(0, 9),
             textcoords="offset points",
-            ha=side,
+            ha="center",
             color=_HELD_OUT,
             fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # legible where lines cross it
         )
     axes.set_title(title, loc="left")
     axes.set_xlabel("optimiser steps done")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.06, y=0.14)
+    axes.margins(x=0.09, y=0.14)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -77,9 +77,12 @@ def run(name: str, folder: str, gguf_file: str | None, output_dir: Path, setting
 
     name: the model's, for the reader; folder, gguf_file: where to load it from.
 
-    Raises DemoError if the model cannot be loaded or cannot chat, OSError if `output_dir` cannot be written.
+    Raises DemoError if `output_dir` cannot be made, or the model cannot be loaded or cannot chat.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--output-dir {output_dir}: {error.strerror}; choose another folder") from error
     stages = Stages()
     with stages("load"):
         model, tokenizer = load_model(folder, gguf_file)
