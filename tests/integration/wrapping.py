@@ -175,7 +175,8 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 def loss_error(found: Trained, right: Trained) -> float:
     """The largest relative error of a step's loss."""
     assert len(found.losses) == len(right.losses)
-    return max(abs(a - b) / abs(b) for a, b in zip(found.losses, right.losses, strict=True))
+    errors = [abs(a - b) / abs(b) for a, b in zip(found.losses, right.losses, strict=True)]
+    return float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's, this max lets a NaN through
 
 
 def gradient_error(found: Trained, right: Trained) -> float:
