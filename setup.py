@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 TRANSFORMERS = "transformers>=5.17,<6"
 PEFT = "peft>=0.18"
 # The demo's model is a wheel of its own, installed without its dependencies: see the Makefile.
-DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.8", "tqdm"]
+DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.8", "psutil", "tqdm"]
 TRL = ["trl>=1.16,<1.17", PEFT, "accelerate>=1.1", "datasets>=3"]
 
 setup(
@@ -17,7 +17,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["orpo_kernels", "orpo_kernels.*"]), "orpo_kernels.integration"],
     package_dir={"orpo_kernels.integration": "integration"},
     package_data={"orpo_kernels": ["py.typed", "demo_data/*"]},

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
@@ -306,6 +306,7 @@ def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
             raise ImportError("peft_config was given but peft is not installed: pip install 'peft>=0.18'") from error
         if isinstance(model, PeftModel):
             raise ValueError("peft_config was given with a model that has adapters already: give one or the other")
+        set_seed(args.seed)  # the adapters' first weights are random
         model = get_peft_model(model, peft_config)
     # transformers 5.24 renames the argument.
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)

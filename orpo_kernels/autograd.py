@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_kernels.backend import choose
+from orpo_kernels.backend import choose, forward_head
 from orpo_kernels.kernels.interface import Head, Kept, Tokens
 from orpo_kernels.plan import MIB, Plan
 from orpo_kernels.tokens import RowGroups
@@ -67,7 +67,7 @@ def logps_forward(
     adapter: [V, r] columns that continue the weight's; hidden is then [R, D + r].
     """
     head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, head, schedule = choose(
+    backend, schedule = choose(
         options.plan,
         head,
         targets.numel(),
@@ -75,7 +75,7 @@ def logps_forward(
         train_weight=needs.head,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        out = backend.forward(Tokens(hidden, rows, targets), head, schedule, needs.hidden)
+        out = backend.forward(Tokens(hidden, rows, targets), forward_head(backend, head), schedule, needs.hidden)
         # softplus(x) = x beyond the threshold: e^-40 is below fp64's rounding.
         logps = -F.softplus(out.gap, threshold=40.0)
         return logps, Saved(torch.sigmoid(out.gap), out.lse, out.u, out.kept)
@@ -138,7 +138,7 @@ def head_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
     head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, head, schedule = choose(
+    backend, schedule = choose(
         options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True
     )
     with torch.autocast(coefficient.device.type, enabled=False):
@@ -147,8 +147,7 @@ def head_gradient(
             (d_weight, d_bias), d_adapter = backend.weight_gradient(*arguments), None
         else:
             d_weight, d_bias, d_adapter = backend.weight_gradient(*arguments, needs.adapter)
-    # The kernels see the weight in the compute dtype; its gradient belongs to the parameter.
-    return None if d_weight is None else d_weight.to(weight.dtype), d_bias, d_adapter
+    return d_weight, d_bias, d_adapter
 
 
 class LinearLogps(torch.autograd.Function):

@@ -17,8 +17,8 @@ from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 def choose(
     plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool
-) -> tuple[ModuleType, Head, Schedule]:
-    """The backend's module, the head as that backend takes it, and the loop sizes."""
+) -> tuple[ModuleType, Schedule]:
+    """The backend's module and the loop sizes."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_rows: bool) -> Schedule:
@@ -39,20 +39,25 @@ def choose(
         from orpo_kernels.kernels import triton_path
 
         try:
-            full = schedule(full_rows=True)
+            return triton_path, schedule(full_rows=True)
         except ScratchTooSmall:
             pass  # A row of the vocabulary does not fit the budget; the torch path also cuts the vocabulary.
-        else:
-            cast = head._replace(weight=_cast_weight(head.weight, head.compute_dtype))
-            return triton_path, cast, full
-    return torch_path, head, schedule(full_rows=False)
+    return torch_path, schedule(full_rows=False)
+
+
+def forward_head(backend: ModuleType, head: Head) -> Head:
+    """The head as the backend's forward takes it: the kernels read the whole weight in the compute dtype.
+
+    Not for the gradient of the weight, which would be rounded to that dtype: there, blocks are cast.
+    """
+    if backend is torch_path:
+        return head
+    return head._replace(weight=_cast_weight(head.weight, head.compute_dtype))
 
 
 def why_not_triton(head: Head) -> str | None:
     """None where the Triton kernels serve this head, else the reason in words."""
     device = head.weight.device
-    if head.adapter is not None:
-        return "the head has an adapter, which the torch path joins to it block by block"
     if device.type != "cuda":
         return f"the kernels run on GPUs, and the head is on {device.type}"
     if not has_triton():

@@ -62,7 +62,7 @@ def _forward(
         saved.sure_not,
         saved.lse,
         none() if saved.u is None else saved.u,
-        none() if kept is None else kept.values,
+        none() if kept is None else kept.values.contiguous(),  # rows of whole tiles, under Triton
         none() if kept is None else kept.reference,
         0 if kept is None else kept.columns,
     )

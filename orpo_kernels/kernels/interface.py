@@ -66,6 +66,7 @@ class Kept(NamedTuple):
     """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
 
     values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0.
+        The kernels' values are that times a constant of theirs.
     reference: [K, G] accumulation dtype: column g is the reference of the g-th group of `columns` entries.
     columns: the width of a group.
     """
