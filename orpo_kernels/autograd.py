@@ -138,9 +138,7 @@ def head_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
     head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, schedule = choose(
-        options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True
-    )
+    backend, schedule = choose(options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True)
     with torch.autocast(coefficient.device.type, enabled=False):
         arguments = (tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias)
         if adapter is None:
