@@ -36,6 +36,7 @@ setup(
             "pytest-benchmark>=4",
             "pytest-timeout>=2",
             "pytest-xdist>=3.5",
+            "bitsandbytes>=0.48",
             "hypothesis>=6.100",
             "mpmath>=1.3",
             "ruff==0.17.6",

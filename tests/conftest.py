@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from compatibility import pytest_addoption, pytest_configure, pytest_runtest_makereport  # noqa: F401  (hooks)
 
 # One worker of several (pytest-xdist): more threads than cores only wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:

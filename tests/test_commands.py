@@ -283,6 +283,9 @@ def training(model_folder: Path, out: Path, *more: str) -> list[str]:
     return [part for name, value in arguments.items() for part in (f"--{name}", str(value))] + ["--use_cpu", *more]
 
 
+@pytest.mark.shows(
+    "Trainers", "`orpo-kernels train`", "two steps from the command line on a saved model and a file of pairs"
+)
 def test_two_steps(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     assert main(["train", *training(model_folder, out, "--eval_fraction", "0.25")]) == 0
@@ -299,6 +302,7 @@ def test_two_steps(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert log[-1]["eval_loss"] == metrics["eval_loss"]
 
 
+@pytest.mark.shows("Trainers", "`orpo-kernels train --use_peft`", "two steps; the adapter is saved and loads")
 def test_two_steps_with_lora(model_folder: Path, tmp_path: Path):
     """The head among the adapted layers, so that its adapter is what has been trained."""
     out = tmp_path / "out"

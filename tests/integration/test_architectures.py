@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compatibility import measured
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
@@ -106,7 +107,7 @@ def mixtral(router: bool = False) -> nn.Module:
 
 
 def gpt_oss(router: bool = False) -> nn.Module:
-    config = GptOssConfig(**SIZES, **HEADS, **EXPERTS, sliding_window=8, output_router_logits=router)
+    config = GptOssConfig(**SIZES, **HEADS, **EXPERTS, sliding_window=4, output_router_logits=router)
     return GptOssForCausalLM(config)
 
 
@@ -125,12 +126,12 @@ def llava() -> nn.Module:
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "Mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=8)),
+    "Mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)),
     "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS)),
     "Gemma 2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, **HEADS, sliding_window=8, final_logit_softcapping=2.0, attn_implementation="eager")
+        Gemma2Config(**SIZES, **HEADS, sliding_window=4, final_logit_softcapping=2.0, attn_implementation="eager")
     ),
-    "Gemma 3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=8)),
+    "Gemma 3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4)),
     "Cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
     "Granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
     "Falcon-H1": falcon_h1,
@@ -200,15 +201,23 @@ def through_the_head(ours: ModelLogps) -> Callable[[nn.Module, dict[str, Tensor]
 def check_same(found: Trained, right: Trained, losses: float, gradients: float, eps: float) -> None:
     """As `wrapping.check_same`, but a gradient that is zero by symmetry (a key's bias) is rounding and no more."""
     assert torch.tensor(found.losses + right.losses).isfinite().all()
+    measured(losses=loss_error(found, right))
     assert loss_error(found, right) <= losses, (found.losses, right.losses)
     assert found.gradients.keys() == right.gradients.keys()
     whole = torch.stack([gradient.norm() for gradient in right.gradients.values()]).norm()
     assert whole > 0.1
     for name, gradient in right.gradients.items():
         error = (found.gradients[name] - gradient).norm()
+        if gradient.norm() > eps * whole:
+            measured(gradients=float(error / gradient.norm()))
         assert error <= gradients * gradient.norm() + eps / 10 * whole, name
 
 
+@pytest.mark.shows(
+    "Architectures",
+    "{name}",
+    "2 steps and an evaluation, against full logits in fp32 and, where the model has it, fp64",
+)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -256,6 +265,9 @@ def trainer_of(tmp_path: Path) -> Callable[[nn.Module], ORPOTrainer]:
     return trainer_of
 
 
+@pytest.mark.shows(
+    "Architectures", "router loss ({build.__name__})", "on and off, 2 steps against full logits with it added once"
+)
 @pytest.mark.parametrize("router", [True, False])
 @pytest.mark.parametrize("build", [mixtral, gpt_oss])
 def test_the_routers_loss_is_added_once(build: Callable[[bool], nn.Module], router: bool, trainer_of: Any):
@@ -318,6 +330,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.shows("Architectures", "{name} after the head", "the error says what was seen", "refused")
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_treatment_of_the_logits_is_an_error(name: str):
     treat, message = UNKNOWN[name]
@@ -359,6 +372,7 @@ def test_a_treatment_that_changes_is_an_error():
         loss(model, batch)
 
 
+@pytest.mark.shows("Architectures", "a head that is no nn.Linear", "the error says what was found", "refused")
 @pytest.mark.parametrize(
     ("head", "found"), [(None, "NoneType"), (nn.Conv1d(32, VOCAB, 1), "Conv1d"), (nn.Sequential(), "Sequential")]
 )

@@ -118,6 +118,11 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return results_of(work, request, tmp_path_factory.mktemp("deepspeed"))
 
 
+@pytest.mark.shows(
+    "Wrappers",
+    "DeepSpeed {name}",
+    "2 processes (gloo, CPU), 3 steps and an evaluation, against 1 process on full logits",
+)
 @pytest.mark.parametrize("name", SETUPS)
 def test_trains_as_one_process_on_full_logits(name: str, results: Callable[[str], Any]):
     check_setup(SETUPS[name], results(name))

@@ -93,6 +93,7 @@ MODELS = {
 }
 
 
+@pytest.mark.shows("Trainers", "plain loop, {name}", "`attach`, 3 steps and an evaluation, against full logits")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_full_logits(name: str):
     model = MODELS[name]()
@@ -173,6 +174,7 @@ def not_worse(ours: LlamaForCausalLM, theirs: LlamaForCausalLM, context: Callabl
     assert gradient_error(found, exact) <= 2 * gradient_error(right, exact)
 
 
+@pytest.mark.shows("Wrappers", "autocast (bf16)", "loss and gradients no further from float64 than twice full logits'")
 def test_autocast():
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16)
@@ -194,6 +196,9 @@ def test_bf16_model():
     not_worse(tiny_llama().bfloat16(), tiny_llama().bfloat16())
 
 
+@pytest.mark.shows(
+    "Wrappers", "GradScaler, autocast (fp16)", "gradients no further from float64 than twice full logits'"
+)
 def test_a_scaled_loss_in_fp16():
     def gradients(loss: Callable, model: nn.Module) -> dict[str, Tensor]:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -327,6 +332,7 @@ def test_no_logits_in_the_outputs():
         attach(tiny_llama()).logps(TARGETS, return_dict=False, **INPUTS)
 
 
+@pytest.mark.shows("Wrappers", "nn.DataParallel", "the error names the replacement", "refused")
 def test_data_parallel_is_refused():
     model = tiny_llama()
     ours = attach(nn.DataParallel(model))
@@ -393,6 +399,7 @@ def test_one_call_inside_another():
     ours.logps(TARGETS, **INPUTS)
 
 
+@pytest.mark.shows("Wrappers", "a checkpoint around the head itself", "an error, reentrant or not", "refused")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_around_the_head_is_an_error(reentrant: bool):
     """It would call the head again in the backward, when nothing is asked any more."""
@@ -477,6 +484,9 @@ def saved_bytes(model: LlamaForCausalLM, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.shows(
+    "Trainers", "plain loop, detached again", "generation, saving, state_dict keys and forward as before"
+)
 def test_detach_restores_the_model(tmp_path: Path):
     model = tiny_llama().eval()
     before, files = state_of(model), saved_bytes(model, tmp_path / "before")
@@ -586,6 +596,9 @@ def offloaded_head(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     return dispatch_model(model, {"model": "cpu", "lm_head": "disk"}, main_device="cpu", offload_dir=folder)
 
 
+@pytest.mark.shows(
+    "Wrappers", "`device_map`, head offloaded to disk", "3 steps against full logits", "the offloaded head is frozen"
+)
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_an_offloaded_head(hooked_first: bool, tmp_path: Path):
     model = with_a_frozen("lm_head")()
@@ -607,6 +620,9 @@ def test_an_offloaded_head(hooked_first: bool, tmp_path: Path):
     assert model.lm_head.forward.__func__ is nn.Linear.forward
 
 
+@pytest.mark.shows(
+    "Wrappers", "`cpu_offload` of the whole model", "log-probabilities against full logits", "evaluation"
+)
 def test_everything_offloaded():
     model = tiny_llama().eval()
     right = logps_of_logits(model(**INPUTS).logits, TARGETS)
@@ -615,6 +631,7 @@ def test_everything_offloaded():
         assert relative_error(ours.logps(TARGETS, **INPUTS)[0], right) < 1e-6
 
 
+@pytest.mark.shows("Wrappers", "`device_map`, head on another device than the labels", "3 steps against full logits")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device, a GPU")
 def test_head_and_targets_on_different_devices():
     model = dispatch_model(tiny_llama(), {"model": "cpu", "lm_head": 0}, main_device="cpu")
@@ -648,6 +665,11 @@ def compiled(model: nn.Module, backend: str) -> tuple[nn.Module, CompileCounterW
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.shows(
+    "Wrappers",
+    "`torch.compile` of the model, fullgraph",
+    "6 steps of changing lengths, gradients of each against full logits; at most 4 graphs",
+)
 @pytest.mark.parametrize(
     ("head_trains", "backend"),
     [

@@ -102,6 +102,9 @@ MODELS = {
 }
 
 
+@pytest.mark.shows(
+    "Adapters", "LoRA {name}", "3 steps against full logits; every gradient of the head's adapters not zero"
+)
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*", "ignore:Model has .tie_word_embeddings=True.")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_full_logits(name: str):
@@ -116,6 +119,7 @@ def test_trains_as_full_logits(name: str):
     assert len(of_head) == 0 if name == "off the head" else all(gradient.any() for gradient in of_head)
 
 
+@pytest.mark.shows("Adapters", "LoRA put on after `attach`", "3 steps against full logits")
 def test_adapters_put_on_after_attach():
     model = tiny_llama()
     ours = attach(model)
@@ -174,6 +178,7 @@ def test_mean_logits():
 # ---- switched, merged, saved ----
 
 
+@pytest.mark.shows("Adapters", "switching adapters", "losses as with full logits for each")
 def test_switching_adapters():
     model = two_adapters(lora_dropout=0.0)
     ours = attach(model)
@@ -211,6 +216,7 @@ def test_switching_heads_that_train_whole():
     assert len(set(losses)) == 3
 
 
+@pytest.mark.shows("Adapters", "merging and unmerging", "losses as with full logits in each state")
 def test_merging():
     model = lora(on=("q_proj", "lm_head"))
     ours = attach(model)
@@ -229,6 +235,7 @@ def test_merging():
     assert loss_of(merged, ours) == pytest.approx(right, rel=1e-5)
 
 
+@pytest.mark.shows("Adapters", "saving and loading", "the loaded model's loss is the saved one's")
 @pytest.mark.parametrize(
     "options", [{"on": ("q_proj", "lm_head")}, {"on": ("q_proj",), "modules_to_save": ["lm_head"]}]
 )
@@ -290,6 +297,7 @@ def with_config(config: peft.PeftConfig) -> PeftModel:
     return get_peft_model(tiny_llama(), config)
 
 
+@pytest.mark.shows("Adapters", "{name} on the head", "the error names what was found", "refused")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_adapters_on_the_head_are_refused(name: str):
@@ -395,6 +403,7 @@ def test_an_fp32_head_in_a_bf16_model():
         assert relative_error(gradients[name], gradient) < 5e-2, name
 
 
+@pytest.mark.shows("Adapters", "`prepare_model_for_kbit_training` (fp32 head)", "against full logits")
 @pytest.mark.parametrize("on", [("q_proj",), ("q_proj", "lm_head")])
 def test_after_the_preparation_for_k_bit_training(on: tuple[str, ...]):
     """It leaves everything that is not packed in fp32, the head too."""
@@ -425,6 +434,7 @@ def bitsandbytes_model(folder: Path, compute: torch.dtype, **options: Any) -> nn
     return prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+@pytest.mark.shows("Adapters", "QLoRA (bitsandbytes on the CPU)", "nf4 backbone, against full logits")
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -448,6 +458,7 @@ def test_qlora(options: dict[str, Any], compute: torch.dtype, bf16_folder: Path)
         check_same(train(model, through(attach(model)), steps=1), train(make(), steps=1), gradients=2**-8)
 
 
+@pytest.mark.shows("Adapters", "a 4-bit head", "the error names it", "refused")
 def test_a_packed_head_is_refused(bf16_folder: Path):
     model = bitsandbytes_model(bf16_folder, torch.float32, llm_int8_skip_modules=["none"])
     with pytest.raises(ValueError, match=r"the head is a Linear4bit with a forward of its own.*quantised"):
@@ -493,6 +504,7 @@ def test_adapters_that_are_sharded_by_themselves():
 # ---- said ----
 
 
+@pytest.mark.shows("Adapters", "a tied head that trains unnoticed", "one warning")
 def test_a_tied_head_that_trains_unnoticed_is_said_once(caplog: pytest.LogCaptureFixture):
     model = lora(tied, on=("q_proj",))
     with caplog.at_level(logging.WARNING, "orpo_kernels"):

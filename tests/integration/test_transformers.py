@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from compatibility import measured
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,6 +107,7 @@ def losses(trainer: ORPOTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.shows("Trainers", "transformers `ORPOTrainer`, preset {preset}", "losses of its steps against full logits")
 @pytest.mark.parametrize("preset", ["trl", "llama_factory", "paper"])
 def test_steps_equal_full_logits(tmp_path, tokenizer, model, preset):
     reference = copy.deepcopy(model)
@@ -122,9 +124,11 @@ def test_steps_equal_full_logits(tmp_path, tokenizer, model, preset):
         loss.backward()
         optimizer.step()
         expected.append(loss.item())
+    measured(losses=max(abs(a / b - 1) for a, b in zip(losses(trainer), expected, strict=True)))
     assert losses(trainer) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.shows("Trainers", "transformers `ORPOTrainer`, gradients", "against full logits")
 def test_gradients_equal_full_logits(tmp_path, tokenizer, model):
     trainer = ORPOTrainer(model, config(tmp_path), train_dataset=PAIRS[:4], processing_class=tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
@@ -137,9 +141,11 @@ def test_gradients_equal_full_logits(tmp_path, tokenizer, model):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         difference = torch.linalg.norm(found[name] - parameter.grad) / torch.linalg.norm(parameter.grad)
+        measured(gradients=float(difference))
         assert difference < 1e-5, name
 
 
+@pytest.mark.shows("Trainers", "transformers `ORPOTrainer`, evaluation", "the same metrics at batch sizes 4 and 1")
 def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, tokenizer, model):
     found = []
     for batch_size in (4, 1):
@@ -157,6 +163,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, tokenizer, model
     assert all(math.isfinite(value) for value in found[0].values())
 
 
+@pytest.mark.shows(
+    "Trainers",
+    'transformers `ORPOTrainer`, accumulation, `loss_normalization="global"`',
+    "1 x 4 and 4 x 1 pairs give the same step",
+)
 def test_global_normalization_makes_accumulation_exact(tmp_path, tokenizer, model):
     found = []
     for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
@@ -183,6 +194,7 @@ def test_batch_normalization_is_the_mean_of_micro_batches(tmp_path, tokenizer, m
     assert losses(trainer) == pytest.approx([sum(expected) / 4], rel=1e-5)
 
 
+@pytest.mark.shows("Trainers", "transformers `ORPOTrainer`, a dict of evaluation sets", "metrics of each")
 def test_a_dict_of_evaluation_sets(tmp_path, tokenizer, model):
     trainer = ORPOTrainer(
         model,
@@ -196,6 +208,9 @@ def test_a_dict_of_evaluation_sets(tmp_path, tokenizer, model):
     assert {"eval_first_loss", "eval_last_loss"} <= set(metrics)
 
 
+@pytest.mark.shows(
+    "Trainers", "transformers `ORPOTrainer`, resume from a checkpoint", "the resumed run's losses are the whole run's"
+)
 def test_resume_from_a_checkpoint(tmp_path, tokenizer, model):
     args = config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
     whole = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS, processing_class=tokenizer)

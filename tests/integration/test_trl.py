@@ -17,6 +17,7 @@ import pytest
 import torch
 import trl.experimental.cpo as trl_cpo
 import trl.experimental.orpo as trl_orpo
+from compatibility import measured
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -171,6 +172,11 @@ LORA = {"r": 4, "lora_dropout": 0.0, "init_lora_weights": False, "task_type": "C
 # ---- the same as TRL's ----
 
 
+@pytest.mark.shows(
+    "Trainers",
+    "TRL `{name}`, {id}",
+    "5 steps: losses, gradient norms, every logged metric and the first gradients against stock TRL",
+)
 @pytest.mark.parametrize(
     ("name", "build", "options"),
     [
@@ -218,7 +224,9 @@ def test_five_steps(name, build, options, tmp_path):
         assert_same(one, other, ("logits/chosen", "logits/rejected") if build is gemma2 else ())
     assert ("logits/chosen" in found[0]) == (build is not gemma2)
     assert grads.keys() == expected_grads.keys() != set()
+    measured(losses=max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=True)))
     for parameter, grad in expected_grads.items():
+        measured(gradients=relative_error(grads[parameter], grad))
         assert relative_error(grads[parameter], grad) < 1e-4, parameter
 
 
@@ -245,6 +253,7 @@ def test_no_logits(tmp_path):
     assert trainer._logps.plan is plan
 
 
+@pytest.mark.shows("Trainers", "TRL, bf16", "first gradients no further from float64 than twice stock TRL's")
 def test_bf16(tmp_path):
     """Autocast: gradients no further from float64 than twice TRL's."""
 
@@ -261,6 +270,7 @@ def test_bf16(tmp_path):
     assert 1e-5 < relative_error(found, exact) < 2 * relative_error(stock, exact)
 
 
+@pytest.mark.shows("Trainers", "TRL, `use_liger_kernel=True` beside us", "5 steps against stock TRL")
 def test_liger_kernels_beside_us(tmp_path):
     """Liger replaces the model's forward, whose head stays ours. (Its layers need a GPU.)"""
     off = {"rope": False, "rms_norm": False, "swiglu": False}
@@ -274,6 +284,7 @@ def test_liger_kernels_beside_us(tmp_path):
         assert_same(found, expected)
 
 
+@pytest.mark.shows("Trainers", "TRL, resume from a checkpoint", "the resumed run's losses are the whole run's")
 def test_resume_from_a_checkpoint(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
     whole = make(ours.ORPOTrainer, llama(), tmp_path, max_steps=3, **options | {"lr_scheduler_type": "constant"})
@@ -293,6 +304,12 @@ def test_resume_from_a_checkpoint(tmp_path):
 # ---- evaluation ----
 
 
+@pytest.mark.shows(
+    "Trainers",
+    "TRL, evaluation",
+    "the same metrics at any batch size",
+    "differs from stock TRL, which takes means of batch means",
+)
 @pytest.mark.parametrize("build", [llama, lambda: mixtral(True)], ids=["llama", "mixtral"])
 def test_evaluation_over_examples(build, tmp_path):
     rows = datasets.Dataset.from_list(MIXED)
@@ -312,6 +329,7 @@ def test_evaluation_over_examples(build, tmp_path):
     assert abs(at_four["eval_rewards/accuracies"] - expected["eval_rewards/accuracies"]) > 0.05
 
 
+@pytest.mark.shows("Trainers", "TRL, a dict of evaluation sets", "metrics of each")
 def test_dict_of_evaluation_sets(tmp_path):
     parts = {"a": datasets.Dataset.from_list(PAIRS[:2]), "b": datasets.Dataset.from_list(PAIRS[2:5])}
     sets = {"a": parts["a"], "b": parts["b"].to_iterable_dataset()}
@@ -348,6 +366,7 @@ def test_predictions_reach_compute_metrics(tmp_path):
     assert "eval_logits/chosen" not in metrics
 
 
+@pytest.mark.shows("Trainers", "TRL, generation during evaluation", "the prompts are continued")
 def test_generation_during_evaluation(tmp_path, monkeypatch):
     options = {"generate_during_eval": True, "per_device_eval_batch_size": 3, "max_length": 24}
     options |= {"eval_dataset": datasets.Dataset.from_list(PAIRS)}
@@ -380,6 +399,7 @@ class OwnStream(torch.utils.data.IterableDataset):
         return iter(PAIRS)
 
 
+@pytest.mark.shows("Trainers", "TRL, streaming data", "the steps of a data set of the same rows")
 @pytest.mark.parametrize(
     "stream",
     [datasets.Dataset.from_list(PAIRS).to_iterable_dataset(num_shards=2), OwnStream()],
@@ -412,6 +432,9 @@ def test_own_collator(tmp_path):
         assert_same(found, expected, ("logits/chosen", "logits/rejected"))
 
 
+@pytest.mark.shows(
+    "Trainers", "TRL, empty completions", "finite losses and weights", "differs from stock TRL, whose weights turn NaN"
+)
 def test_empty_completions(tmp_path):
     """TRL's weights turn NaN."""
     collate = DPODataCollatorWithPadding(pad_token_id=EOS)
@@ -592,6 +615,7 @@ def missing(name: str) -> str:
     raise importlib.metadata.PackageNotFoundError(name)
 
 
+@pytest.mark.shows("Trainers", "TRL of another version, or none", "the error names the version needed", "refused")
 @pytest.mark.parametrize(
     ("version", "hidden", "found"),
     [

@@ -216,11 +216,15 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return results_of(work, request, tmp_path_factory.mktemp("wrappers"))
 
 
+@pytest.mark.shows(
+    "Wrappers", "{name}", "2 processes (gloo, CPU), 3 steps and an evaluation, against 1 process on full logits"
+)
 @pytest.mark.parametrize("name", [*SETUPS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SLOW_SETUPS)])
 def test_trains_as_one_process_on_full_logits(name: str, results: Callable[[str], Any]):
     check_setup(ALL_SETUPS[name], results(name))
 
 
+@pytest.mark.shows("Wrappers", "DTensor weight with a plain input", "the error names both and the fix", "refused")
 def test_a_sharded_weight_that_nothing_gathers_is_an_error(tmp_path: Path):
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -233,6 +237,11 @@ def test_a_sharded_weight_that_nothing_gathers_is_an_error(tmp_path: Path):
         dist.destroy_process_group()
 
 
+@pytest.mark.shows(
+    "Wrappers",
+    "`accelerate launch`",
+    "a plain loop, 2 processes (gloo, CPU), 3 steps, against 1 process on full logits",
+)
 def test_accelerate_launch(tmp_path: Path):
     """The plain loop of `accelerated.py`, started as users start theirs."""
     here = Path(__file__).parent

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from compatibility import measured
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -192,5 +193,7 @@ def relative_error(found: Tensor, right: Tensor) -> float:
 
 
 def check_same(found: Trained, right: Trained, losses: float = 1e-5, gradients: float = 1e-4) -> None:
-    assert loss_error(found, right) <= losses, (found.losses, right.losses)
-    assert gradient_error(found, right) <= gradients
+    errors = {"losses": loss_error(found, right), "gradients": gradient_error(found, right)}
+    measured(**errors)
+    assert errors["losses"] <= losses, (found.losses, right.losses)
+    assert errors["gradients"] <= gradients
