@@ -146,6 +146,9 @@ class Plan:
         # the same of the bias.
         column_forward = 4 * wide + (hidden_size * (wide + item) if mixed and not full_rows else 0)
         column_backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
+        if full_rows:
+            # Tiles of up to 256 columns reach past the vocabulary; each, of 64 or more, leaves a sum.
+            row += 255 * item + 4 * -(-vocab_size // 64)
         if joined:
             row += hidden_size * wide
             column_forward += hidden_size * wide
