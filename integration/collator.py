@@ -14,11 +14,13 @@ hidden state at t predicts, if that token is to be scored, and -100 otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orpo_kernels.linear_logps import shift_labels
+
+from .layout import Name, NllOver, lay_out, sequence_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,14 +47,12 @@ class PreferenceCollator:
         *,
         padding_value: int | None = None,
         pad_to_multiple_of: int | None = None,
-        nll_over: Literal["prompt+chosen", "chosen"] = "prompt+chosen",
+        nll_over: NllOver = "prompt+chosen",
     ) -> None:
-        if nll_over not in ("prompt+chosen", "chosen"):
-            raise ValueError(f"nll_over={nll_over!r}: use 'prompt+chosen' or 'chosen'")
+        _check_nll_over(nll_over)
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: use a positive int or None")
-        candidates = (padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.padding_value = next(value for value in candidates if value is not None)
+        self.padding_value = _padding_id(tokenizer, padding_value)
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.nll_over = nll_over
 
@@ -67,7 +67,7 @@ class PreferenceCollator:
         """
         if not rows:
             raise ValueError("the batch has no rows: a collator needs at least one pair")
-        sequences = [_sequence(row, side) for side in ("chosen", "rejected") for row in rows]
+        sequences = [sequence_of(row, side) for side in ("chosen", "rejected") for row in rows]
         multiple = self.pad_to_multiple_of
         longest = max(1, *(len(ids) for ids, _ in sequences))
         shape = (len(sequences), -(-longest // multiple) * multiple)  # [2B, T]
@@ -91,13 +91,51 @@ class PreferenceCollator:
         }
 
 
-def _sequence(row: Mapping[str, Any], side: str) -> tuple[torch.Tensor, int]:
-    """One side's ids, prompt + completion, and the length of its prompt."""
-    try:
-        ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
-    except KeyError as error:
-        raise ValueError(
-            f"a row has no {error}, only {sorted(row)}: tokenise the data set with prepare_dataset, and set "
-            "remove_unused_columns=False so that the trainer keeps its columns"
-        ) from None
-    return torch.as_tensor(ids, dtype=torch.int64), int(prompt_length)
+class LayoutCollator:
+    """Lays B tokenised pairs (rows of `data.tokenize_pair`) out: packed into rows, or each prompt once.
+
+    Args:
+        tokenizer: gives the id that fills rows up, as for `PreferenceCollator`.
+        name: "shared", "packed" or "padded", see `layout`.
+        row_length: most tokens a row, or None for one row a batch.
+        padding_value, nll_over: as for `PreferenceCollator`.
+
+    Called with rows, it returns what `layout.pack_pairs` does, whose errors it raises.
+
+    Raises:
+        ValueError: an argument has none of these values.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: Name = "shared",
+        *,
+        row_length: int | None = None,
+        padding_value: int | None = None,
+        nll_over: NllOver = "prompt+chosen",
+    ) -> None:
+        if name not in ("shared", "packed", "padded"):
+            raise ValueError(f"name={name!r}: use 'shared', 'packed' or 'padded'")
+        if row_length is not None and row_length < 1:
+            raise ValueError(f"row_length={row_length}: use a positive int, or None for one row a batch")
+        _check_nll_over(nll_over)
+        self.name: Name = name
+        self.row_length = row_length
+        self.padding_value = _padding_id(tokenizer, padding_value)
+        self.nll_over: NllOver = nll_over
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return lay_out(
+            self.name, rows, row_length=self.row_length, nll_over=self.nll_over, padding_value=self.padding_value
+        )
+
+
+def _check_nll_over(nll_over: str) -> None:
+    if nll_over not in ("prompt+chosen", "chosen"):
+        raise ValueError(f"nll_over={nll_over!r}: use 'prompt+chosen' or 'chosen'")
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase, padding_value: int | None) -> int:
+    candidates = (padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(value for value in candidates if value is not None)

@@ -7,11 +7,18 @@ depend on the batch size, and nor does `eval_loss`.
 The training loss of one optimiser step is the mean over its micro-batches of each one's own loss, as in TRL
 (`loss_normalization="batch"`); with `"global"` the tokens and pairs of the whole step, over all processes, are
 counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs then give the same step.
+
+Batches are padded rows by default. `packing=True` lays them out without padding and, unless `share_prefix=False`,
+with each prompt once (`layout`): fewer tokens, the same loss and gradients. Whether the model can have that is
+tried on the first batch (`layout_gate`); one that cannot gets padded rows, with a warning. `logits/chosen` and
+`logits/rejected` are left out of the metrics then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +27,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
+from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
-from .collator import PreferenceCollator
+from .collator import LayoutCollator, PreferenceCollator
 from .data import prepare_dataset
+from .flat_pairs import flat_counts, flat_pair_rows
+from .layout import Layout, Name, NllOver, asked_for, tokens_a_step
+from .layout_gate import LayoutGate, model_inputs
 from .lm_head import ModelLogps, attach, logger
 from .pair_table import pair_metrics, pair_rows
 
-__all__ = ["ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
+__all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
+
+_SUMMARY_PAIRS = 1000  # enough for a mean
+_NORMALIZERS = ("nll_normalizer", "pair_normalizer")
 
 
 @dataclass
@@ -62,6 +76,18 @@ class ORPOConfig(TrainingArguments):
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Lay sequences out one after the other in a row instead of padding them."}
+    )
+    # Or True, or False: annotated as what a command line gives.
+    share_prefix: str = field(
+        default="auto",
+        metadata={"help": "Compute each pair's prompt once. auto: where packing is on. True packs too."},
+    )
+    packing_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens a packed row; a pair must fit into one. Default: one row a batch."},
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."})
     scratch_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
@@ -76,9 +102,20 @@ class ORPOConfig(TrainingArguments):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
+        padded = self.layout == "padded"
+        if self.packing_length is not None and (self.packing_length < 1 or padded):
+            raise ValueError(
+                f"packing_length={self.packing_length}: use a positive int, and only with packing=True or "
+                "share_prefix=True"
+            )
         if self.beta is None:
             self.beta = get_preset(self.preset).beta
         check_weight("beta", self.beta)
+
+    @property
+    def layout(self) -> Name:
+        """What batches are to be, if the model allows it."""
+        return asked_for(self.packing, self.share_prefix)
 
     @property
     def plan(self) -> Plan:
@@ -93,7 +130,7 @@ class ORPOTrainer(Trainer):
     train_dataset, eval_dataset: rows of any shape that `data.tokenize_pair` takes, or already tokenised ones;
         lists, datasets.Dataset, iterable ones; eval_dataset may be a dict of them.
     processing_class: the tokenizer; by default the model's.
-    data_collator: by default `PreferenceCollator` with the preset's NLL.
+    data_collator: by default `PreferenceCollator` with the preset's NLL, or `LayoutCollator` with packing.
     peft_config: a PEFT configuration to wrap the model in.
 
     `data_summary` holds what preparing the training data did (None for data without a length).
@@ -134,17 +171,31 @@ class ORPOTrainer(Trainer):
         elif peft_config is not None:
             raise ValueError("peft_config was given with model_init: wrap the model inside model_init instead")
         if data_collator is None:
-            data_collator = PreferenceCollator(
-                processing_class,
-                padding_value=args.padding_value,
-                nll_over="chosen" if self.preset.nll_over == "chosen" else "prompt+chosen",
+            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+            if args.layout == "padded":
+                data_collator = PreferenceCollator(
+                    processing_class, padding_value=args.padding_value, nll_over=nll_over
+                )
+            else:
+                data_collator = LayoutCollator(
+                    processing_class,
+                    args.layout,
+                    row_length=args.packing_length,
+                    padding_value=args.padding_value,
+                    nll_over=nll_over,
+                )
+        elif args.layout != "padded" and not isinstance(data_collator, LayoutCollator):
+            raise ValueError(
+                f"a {type(data_collator).__name__} was given with packing={args.packing} and "
+                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
             )
         prepared, summaries = [], []
+        rows: Any
         for dataset, batch_size in (
             (train_dataset, args.per_device_train_batch_size),
             (eval_dataset, args.per_device_eval_batch_size),
         ):
-            rows = summary = None
+            rows, summary = None, None
             if dataset is not None:
                 rows, summary = prepare_dataset(
                     dataset,
@@ -163,6 +214,7 @@ class ORPOTrainer(Trainer):
         self._train_rows: list[Tensor] = []
         self._eval_rows: list[Tensor] = []
         self._logps: ModelLogps | None = None
+        self._gate: LayoutGate | None = None
         super().__init__(
             model=model,
             args=args,
@@ -179,6 +231,13 @@ class ORPOTrainer(Trainer):
         self.label_names = ["targets"]
         if self.data_summary is not None:
             logger.info("training data: %s", self.data_summary)
+            rows = prepared[0]
+            some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
+            tokens = tokens_a_step(some, args.per_device_train_batch_size)
+            listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
+            logger.info(
+                "tokens a batch of %d pairs: %s; asked for: %s", args.per_device_train_batch_size, listed, args.layout
+            )
 
     def orpo(
         self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | None = None
@@ -187,30 +246,13 @@ class ORPOTrainer(Trainer):
 
         counts: [2], the NLL tokens (or sequences) and valid pairs to divide by, in place of the batch's own.
         """
-        inputs = dict(inputs)
-        targets, nll_targets = inputs.pop("targets"), inputs.pop("nll_targets", None)
-        if self.preset.nll_over == "chosen":
-            nll_targets = None
         if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
             self._logps = attach(self.model, self.args.plan)
-        logps, outputs = self._logps.logps(
-            merge_targets(targets, nll_targets),
-            model=model,
-            mean_logits_over=inputs["attention_mask"],
-            use_cache=False,
-            **inputs,
-        )
-        targets = targets.to(logps.device)
-        nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
-        loss = orpo_from_logps(
-            logps,
-            targets,
-            nll_targets=nll_targets,
-            beta=self.args.beta,
-            preset=self.preset,
-            nll_normalizer=None if counts is None else counts[0],
-            pair_normalizer=None if counts is None else counts[1],
-        ).loss
+            self._gate = LayoutGate(self._logps, self._everywhere)
+        normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
+        score = self._score_layout if "layout" in inputs else self._score_padded
+        output, outputs, rows_of = score(self._logps, model, dict(inputs), normalizers)
+        loss = output.loss
         if counts is not None:
             # DDP averages gradients over processes; the counts are already global.
             loss = loss * self.accelerator.num_processes
@@ -220,8 +262,48 @@ class ORPOTrainer(Trainer):
             loss = loss + aux_loss / (self.current_gradient_accumulation_steps if counts is not None else 1)
         else:
             aux_loss = None
-        rows = pair_rows(logps, targets, nll_targets, outputs.get("mean_logits"), aux_loss=aux_loss)
-        return loss, rows, outputs
+        return loss, rows_of(aux_loss=aux_loss), outputs
+
+    def _score_padded(
+        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
+    ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
+        """(the objective, the model's outputs, what makes the rows for metrics) of `PreferenceCollator`'s batch."""
+        targets, nll_targets = inputs.pop("targets"), inputs.pop("nll_targets", None)
+        if self.preset.nll_over == "chosen":
+            nll_targets = None
+        logps, outputs = ours.logps(
+            merge_targets(targets, nll_targets),
+            model=model,
+            mean_logits_over=inputs["attention_mask"],
+            use_cache=False,
+            **inputs,
+        )
+        targets = targets.to(logps.device)
+        nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
+        output = orpo_from_logps(
+            logps, targets, nll_targets=nll_targets, beta=self.args.beta, preset=self.preset, **normalizers
+        )
+        return output, outputs, partial(pair_rows, logps, targets, nll_targets, outputs.get("mean_logits"))
+
+    def _score_layout(
+        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
+    ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
+        """The same of `LayoutCollator`'s batch."""
+        assert self._gate is not None
+        batch = self._gate.admit(inputs, model)
+        layout: Layout = batch["layout"]
+        logps, outputs = ours.logps(
+            batch["targets"], rows=batch["rows"], model=model, use_cache=False, **model_inputs(batch)
+        )
+        tokens = (logps, batch["pair"].to(logps.device), batch["kind"].to(logps.device))
+        output = orpo_objective_flat(
+            *tokens, num_pairs=layout.num_pairs, beta=self.args.beta, preset=self.preset, **normalizers
+        )
+        return output, outputs, partial(flat_pair_rows, *tokens, layout.num_pairs, layout.longest, self.preset)
+
+    def _everywhere(self, verdict: bool) -> bool:
+        """Whether all processes say so."""
+        return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -236,6 +318,10 @@ class ORPOTrainer(Trainer):
             return None
         counts = torch.zeros(2, device=device)
         for batch in batch_samples:
+            if "layout" in batch:
+                found = flat_counts(batch["pair"], batch["kind"], batch["layout"].num_pairs, self.preset)
+                counts += found.to(counts)
+                continue
             completion = (batch["targets"] != -100).sum(-1)
             chosen, rejected = completion.chunk(2)
             over_chosen = self.preset.nll_over == "chosen" or "nll_targets" not in batch

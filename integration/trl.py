@@ -17,6 +17,9 @@ TRL 1.16 is wrong or stops there:
   for all.
 - Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream needs
   `max_steps`; each process reads all of it and takes its share.
+- Packing. `packing=True` lays sequences out one after the other instead of padding them and, unless
+  `share_prefix=False`, each pair's prompt once (`layout`): fewer tokens, the same loss. A model that cannot have
+  that gets padded rows, with a warning (`layout_gate`). `logits/chosen` and `logits/rejected` are left out then.
 - `logits/chosen` and `logits/rejected` of a model that soft-caps its logits: their mean has no form without
   them. Left out (ORPO) or NaN (CPO).
 
@@ -53,6 +56,8 @@ from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
 from .data import TOKENIZED_COLUMNS, DataSummary, tokenize_pair, truncate_pair
+from .layout import asked_for, pack_pairs
+from .layout_gate import LayoutGate, model_inputs, moved
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
 
@@ -93,10 +98,14 @@ class _HeadLogps(_TrlTrainer):
         eval_dataset: Any = None,
         *more: Any,
         plan: Plan | None = None,
+        packing: bool = False,
+        share_prefix: bool | str = "auto",
         **options: Any,
     ) -> None:
         self.plan = plan
+        self.layout = asked_for(packing, share_prefix)
         self._logps: ModelLogps | None = None
+        self._gate: LayoutGate | None = None
         self._eval_rows: list[Tensor] = []
         if isinstance(train_dataset, Mapping):
             raise TypeError(f"train_dataset is a dict of {list(train_dataset)}: give one of these data sets")
@@ -168,18 +177,49 @@ class _HeadLogps(_TrlTrainer):
                 mean_logits_over[:, -1] = False
         if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
             self._logps = attach(self.model, self.plan)
-        logps, outputs = self._logps.logps(
-            merge_targets(targets, nll_targets), model=model, mean_logits_over=mean_logits_over, **arguments
-        )
+            self._gate = LayoutGate(self._logps, self._everywhere)
+        if self.layout != "padded" and not self.is_encoder_decoder:
+            arguments |= self._laid_out(model, ids, mask, padding_value)
+        if "segments" not in arguments:
+            arguments["mean_logits_over"] = mean_logits_over
+        logps, outputs = self._logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
+
+    def _laid_out(self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any) -> dict[str, Any]:
+        """What to call the model with, and `rows`, instead of the padded `ids` [2B, T]; {} if it cannot have that."""
+        assert self._gate is not None
+        sequences = [row[kept == 1].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+        half = len(sequences) // 2
+        # Without prompts, every token but a sequence's first is one to predict.
+        pairs = [
+            {
+                "chosen_input_ids": chosen,
+                "chosen_prompt_length": 0,
+                "rejected_input_ids": rejected,
+                "rejected_prompt_length": 0,
+            }
+            for chosen, rejected in zip(sequences[:half], sequences[half:], strict=True)
+        ]
+        batch = pack_pairs(pairs, self.layout == "shared", padding_value=padding_value or 0)
+        batch = self._gate.admit(moved(batch, ids.device), model)
+        if batch["layout"].name == "padded":
+            return {}
+        follows = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
+        predicts = torch.cat([follows, torch.zeros_like(follows[:, :1])], 1)
+        return model_inputs(batch) | {"rows": torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])}
+
+    def _everywhere(self, verdict: bool) -> bool:
+        """Whether all processes say so."""
+        return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` without the logits; its arguments, and
 
     plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
+    packing, share_prefix: rows without padding, and each prompt once (see above).
 
     Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
     """
@@ -230,6 +270,7 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
     """`trl.experimental.cpo.CPOTrainer` (SimPO, IPO, hinge too) without the logits; its arguments, and
 
     plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
+    packing, share_prefix: rows without padding, and each prompt once (see above).
 
     The objective and its metrics are TRL's own, evaluation included, on log-probabilities from the head.
 

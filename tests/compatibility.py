@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-SECTIONS = ("Trainers", "Wrappers", "Adapters", "Architectures")
+SECTIONS = ("Trainers", "Wrappers", "Adapters", "Architectures", "Layouts")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "axolotl", "llamafactory")
 KEPT = Path("build/compatibility.json")
 _HEADER = """# What works with what

@@ -120,7 +120,7 @@ class FirstGradients(TrainerCallback):
 
 def make(trainer: type, model: nn.Module, folder: Any, **options: Any) -> Any:
     """A trainer of two pairs a batch and five steps, in fp32 on the CPU, unless the options say otherwise."""
-    names = set(inspect.signature(trl_orpo.ORPOTrainer).parameters) | {"plan"}
+    names = set(inspect.signature(trl_orpo.ORPOTrainer).parameters) | {"plan", "packing", "share_prefix"}
     arguments = {name: options.pop(name) for name in names & set(options)}
     defaults = {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
     defaults |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "max_length": 128}
@@ -225,6 +225,40 @@ def test_five_steps(name, build, options, tmp_path):
     assert ("logits/chosen" in found[0]) == (build is not gemma2)
     assert grads.keys() == expected_grads.keys() != set()
     measured(losses=max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected, strict=True)))
+    for parameter, grad in expected_grads.items():
+        measured(gradients=relative_error(grads[parameter], grad))
+        assert relative_error(grads[parameter], grad) < 1e-4, parameter
+
+
+@pytest.mark.shows(
+    "Trainers", "TRL `{name}`, packed and shared rows", "3 steps: losses, metrics and first gradients against stock TRL"
+)
+@pytest.mark.parametrize("share_prefix", [False, "auto"])
+@pytest.mark.parametrize(
+    ("name", "build", "options", "admitted"),
+    [
+        ("ORPOTrainer", llama, {}, True),
+        ("ORPOTrainer", gemma2, {"gradient_accumulation_steps": 2}, True),
+        ("ORPOTrainer", llama, {"peft_config": LoraConfig(**LORA, target_modules=["q_proj", "v_proj"])}, True),
+        ("ORPOTrainer", lambda: mixtral(True), {}, False),
+        ("ORPOTrainer", t5, {"max_completion_length": 12}, None),
+        ("CPOTrainer", llama, {"loss_type": "simpo"}, True),
+    ],
+    ids=["llama", "soft-cap", "LoRA", "router loss", "encoder-decoder", "SimPO"],
+)
+def test_rows_without_padding(name, build, options, admitted, share_prefix, tmp_path, caplog):
+    runs = []
+    for module in (ours, trl_cpo if name == "CPOTrainer" else trl_orpo):
+        first, layout = FirstGradients(), {"packing": True, "share_prefix": share_prefix} if module is ours else {}
+        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], max_steps=3, **options, **layout)
+        trainer.train()
+        runs.append((trainer, steps(trainer), first.grads))
+    (trainer, found, grads), (_, expected, expected_grads) = runs
+    wanted = "packed" if share_prefix is False else "shared"
+    assert trainer._gate.name == {True: wanted, False: "padded", None: None}[admitted]
+    assert sum("batches are padded" in record.message for record in caplog.records) == (admitted is False)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other, () if not admitted else ("logits/chosen", "logits/rejected"))
     for parameter, grad in expected_grads.items():
         measured(gradients=relative_error(grads[parameter], grad))
         assert relative_error(grads[parameter], grad) < 1e-4, parameter

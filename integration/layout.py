@@ -1,0 +1,269 @@
+"""Batches of preference pairs as layouts: padded, packed, or packed with each prompt once.
+
+    padded   [2B, T]     a row a sequence, filled up to the longest
+    packed   [rows, T]   sequences one after the other
+    shared   [rows, T]   prompt, chosen, rejected one after the other; positions of rejected restart after the
+                         prompt, and the prompt's last token predicts the first of both answers
+
+A layout is known from where it puts each token of each sequence, `places` (flattened). Everything that follows
+the model reads the same flat arrays, one entry a scored token, whatever the layout:
+
+    rows     the place whose hidden state predicts it: that of the token before it in its sequence
+    targets  the token
+    pair     its pair in the batch
+    kind     PROMPT, CHOSEN or REJECTED of `orpo_kernels.objective`
+
+in the order chosen sequences then rejected ones, so that sums over them are of the same numbers in the same order.
+
+What two sequences share is what their ids have in common at the start, even beyond the prompt: tokens that agree
+so far have the same hidden states. A hidden state then predicts two targets, and `rows` names it twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED
+
+from .segments import Segment, Segments
+
+Name = Literal["padded", "packed", "shared"]
+NllOver = Literal["prompt+chosen", "chosen"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a batch of a layout knows beside its tensors, all on the host.
+
+    segments: what attends to what, None for padded rows. pairs: the rows it was made of, so that they can be laid
+    out otherwise. row_length, nll_over, padding_value: as for `pack_pairs`.
+    """
+
+    name: Name
+    pairs: tuple[Mapping[str, Any], ...]
+    segments: Segments | None
+    row_length: int | None
+    nll_over: NllOver
+    padding_value: int
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(pair[f"{side}_input_ids"]) for pair in self.pairs for side in ("chosen", "rejected"))
+
+    def again(self, name: Name) -> dict[str, Any]:
+        """The batch of the same pairs in another layout."""
+        return lay_out(
+            name,
+            self.pairs,
+            row_length=self.row_length,
+            nll_over=self.nll_over,
+            padding_value=self.padding_value,
+        )
+
+
+class _Pair(NamedTuple):
+    chosen: Tensor
+    chosen_prompt: int
+    rejected: Tensor
+    rejected_prompt: int
+
+
+def asked_for(packing: bool, share_prefix: bool | str) -> Name:
+    """The layout that a trainer's options ask for; "auto" shares prompts where packing is on.
+
+    Raises ValueError for another `share_prefix` than "auto", True or False (or these as text).
+    """
+    shares = {"auto": packing, "true": True, "false": False}.get(str(share_prefix).lower())
+    if shares is None:
+        raise ValueError(f"share_prefix={share_prefix!r}: use 'auto', True or False")
+    return "shared" if shares else "packed" if packing else "padded"
+
+
+def lay_out(
+    name: Name,
+    batch: Sequence[Mapping[str, Any]],
+    *,
+    row_length: int | None = None,
+    nll_over: NllOver = "prompt+chosen",
+    padding_value: int = 0,
+) -> dict[str, Any]:
+    """`pad_pairs` or `pack_pairs`, by the layout's name."""
+    if name == "padded":
+        return pad_pairs(batch, nll_over=nll_over, padding_value=padding_value)
+    return pack_pairs(batch, name == "shared", row_length=row_length, nll_over=nll_over, padding_value=padding_value)
+
+
+def pack_pairs(
+    batch: Sequence[Mapping[str, Any]],
+    share_prefix: bool,
+    *,
+    row_length: int | None = None,
+    nll_over: NllOver = "prompt+chosen",
+    padding_value: int = 0,
+) -> dict[str, Any]:
+    """B tokenised pairs (rows of `data.tokenize_pair`) in rows without padding between them.
+
+    batch: the pairs; their order is that of `pair`.
+    share_prefix: put the tokens that both sequences of a pair start with into the row once.
+    row_length: most tokens a row. A sequence (with share_prefix a pair) goes into the first row with room for it,
+        the longest first. None: one row.
+    nll_over: "chosen" leaves the chosen sequences' prompt tokens unscored.
+    padding_value: a token id to fill rows up with.
+
+    Returns `input_ids`, `position_ids` [rows, T] int64; `rows`, `targets`, `pair`, `kind` [N] int64 (see above);
+    `layout`, a `Layout`. T is the length of the fullest row.
+
+    Raises ValueError for a batch without pairs or with rows that are not tokenised, and for a sequence or pair that
+    does not fit into a row.
+    """
+    pairs = _read(batch)
+    # What is laid out in one piece: (sequence, tokens of it that the one before has already), chosen before rejected.
+    units: list[list[tuple[int, int]]] = []
+    for index, pair in enumerate(pairs):
+        common = _common(pair.chosen, pair.rejected) if share_prefix else 0
+        both = [(index, 0), (len(pairs) + index, common)]
+        units += [both] if share_prefix else [[one] for one in both]
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    sizes = [sum(len(sequences[at]) - common for at, common in unit) for unit in units]
+    for unit, tokens in zip(units, sizes, strict=True):
+        if row_length is not None and tokens > row_length:
+            side, index = divmod(unit[0][0], len(pairs))
+            name = "pair" if share_prefix else f"{('chosen', 'rejected')[side]} sequence of pair"
+            raise ValueError(
+                f"the {name} {index} has {tokens} tokens and row_length={row_length}: raise row_length, or lower "
+                "max_length so that longer ones are cut"
+            )
+    starts, used = _first_fit(sizes, row_length)
+    rows, length = len(used), max(1, *used)
+
+    places = [torch.empty(0, dtype=torch.int64)] * len(sequences)
+    segments = []
+    for unit, (row, start) in zip(units, starts, strict=True):
+        for at, common in unit:
+            own = len(sequences[at]) - common
+            places[at] = torch.cat([places[unit[0][0]][:common], _run(row * length + start, own)])
+            if own:
+                segments.append(Segment(row, start, own, prefix=common))
+            start += own
+    laid = _tensors(pairs, places, (rows, length), nll_over, padding_value)
+    laid["layout"] = Layout(
+        "shared" if share_prefix else "packed",
+        tuple(batch),
+        Segments.of(rows, length, segments),
+        row_length,
+        nll_over,
+        padding_value,
+    )
+    return laid
+
+
+def pad_pairs(
+    batch: Sequence[Mapping[str, Any]], *, nll_over: NllOver = "prompt+chosen", padding_value: int = 0
+) -> dict[str, Any]:
+    """The padded rows of `PreferenceCollator` with the flat description; any model takes them.
+
+    Returns what `pack_pairs` does, with an `attention_mask` [2B, T].
+    """
+    pairs = _read(batch)
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    length = max(1, *map(len, sequences))
+    places = [_run(index * length, len(ids)) for index, ids in enumerate(sequences)]
+    shape = (len(sequences), length)
+    laid = _tensors(pairs, places, shape, nll_over, padding_value)
+    laid["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
+    laid["attention_mask"].view(-1)[torch.cat(places)] = 1
+    laid["layout"] = Layout("padded", tuple(batch), None, None, nll_over, padding_value)
+    return laid
+
+
+def tokens_a_step(rows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[Name, float]:
+    """Mean tokens that a model computes for a batch of `batch_size` pairs, by layout, in the order of `rows`."""
+    padded = packed = shared = batches = 0
+    for start in range(0, len(rows), batch_size):
+        pairs = _read([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+        padded += len(lengths) * max(lengths)
+        packed += sum(lengths)
+        shared += sum(lengths) - sum(_common(pair.chosen, pair.rejected) for pair in pairs)
+        batches += 1
+    count = max(batches, 1)
+    return {"padded": padded / count, "packed": packed / count, "shared": shared / count}
+
+
+def sequence_of(row: Mapping[str, Any], side: str) -> tuple[Tensor, int]:
+    """One side's ids, prompt + completion, and the length of its prompt; ValueError if the row is not tokenised."""
+    try:
+        ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+    except KeyError as error:
+        raise ValueError(
+            f"a row has no {error}, only {sorted(row)}: tokenise the data set with prepare_dataset, and set "
+            "remove_unused_columns=False so that the trainer keeps its columns"
+        ) from None
+    return torch.as_tensor(ids, dtype=torch.int64), int(prompt_length)
+
+
+def _read(batch: Sequence[Mapping[str, Any]]) -> list[_Pair]:
+    if not batch:
+        raise ValueError("the batch has no rows: a layout needs at least one pair")
+    return [_Pair(*sequence_of(row, "chosen"), *sequence_of(row, "rejected")) for row in batch]
+
+
+def _common(first: Tensor, second: Tensor) -> int:
+    """Length of the longest common beginning."""
+    shorter = min(len(first), len(second))
+    differs = (first[:shorter] != second[:shorter]).nonzero()
+    return int(differs[0]) if len(differs) else shorter
+
+
+def _first_fit(sizes: list[int], row_length: int | None) -> tuple[list[tuple[int, int]], list[int]]:
+    """(row, start) of each, and how full each row is; the longest goes first, each into the first row with room."""
+    used = [0]
+    places = [(0, 0)] * len(sizes)
+    order = range(len(sizes)) if row_length is None else sorted(range(len(sizes)), key=lambda at: -sizes[at])
+    for at in order:
+        fits = (row for row, full in enumerate(used) if row_length is None or full + sizes[at] <= row_length)
+        row = next(fits, len(used))
+        used += [0] * (row == len(used))
+        places[at] = (row, used[row])
+        used[row] += sizes[at]
+    return places, used
+
+
+def _run(start: int, length: int) -> Tensor:
+    return torch.arange(start, start + length)
+
+
+def _tensors(
+    pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int], nll_over: NllOver, padding_value: int
+) -> dict[str, Any]:
+    """The tensors of a layout, from the flattened places of each sequence's tokens, chosen then rejected."""
+    input_ids = torch.full(shape, padding_value, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    flat: dict[str, list[Tensor]] = {"rows": [], "targets": [], "pair": [], "kind": []}
+    sequences = [(pair.chosen, pair.chosen_prompt, CHOSEN) for pair in pairs]
+    sequences += [(pair.rejected, pair.rejected_prompt, REJECTED) for pair in pairs]
+    for index, ((ids, prompt, kind), where) in enumerate(zip(sequences, places, strict=True)):
+        input_ids.view(-1)[where] = ids
+        position_ids.view(-1)[where] = torch.arange(len(ids))
+        # Nothing predicts a sequence's first token.
+        completion = max(prompt, 1)
+        first = 1 if kind == CHOSEN and nll_over == "prompt+chosen" else completion
+        kinds = torch.full((max(len(ids) - first, 0),), kind)
+        kinds[: completion - first] = PROMPT
+        flat["rows"].append(where[first - 1 : -1] if len(ids) else where)
+        flat["targets"].append(ids[first:])
+        flat["pair"].append(torch.full_like(kinds, index % len(pairs)))
+        flat["kind"].append(kinds)
+    return {"input_ids": input_ids, "position_ids": position_ids} | {
+        name: torch.cat(parts) for name, parts in flat.items()
+    }
