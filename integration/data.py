@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -22,12 +23,15 @@ from .shapes import ACCEPTED_SHAPES, SIDES, normalize_example
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+logger = logging.getLogger("orpo_kernels")
 
 __all__ = [
     "ACCEPTED_SHAPES",
     "TOKENIZED_COLUMNS",
     "DataSummary",
+    "announce",
     "normalize_example",
     "prepare_dataset",
     "tokenize_pair",
@@ -118,6 +122,13 @@ class DataSummary:
 def _scored_tokens(row: Mapping[str, Any]) -> int:
     """Completion tokens of both sides; without a prompt nothing predicts the first one."""
     return sum(max(len(row[f"{side}_input_ids"]) - max(int(row[f"{side}_prompt_length"]), 1), 0) for side in SIDES)
+
+
+def announce(text: str, args: TrainingArguments) -> None:
+    """Say something of a training run before it starts: in the log or, where that is not shown, beside the bars."""
+    logger.info(text)
+    if args.should_log and not args.disable_tqdm and not logger.isEnabledFor(logging.INFO):
+        print(text, flush=True)
 
 
 def prepare_dataset(

@@ -32,11 +32,11 @@ from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
 from .collator import LayoutCollator, PreferenceCollator
-from .data import prepare_dataset
+from .data import announce, prepare_dataset
 from .flat_pairs import flat_counts, flat_pair_rows
 from .layout import Layout, Name, NllOver, asked_for, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
-from .lm_head import ModelLogps, attach, logger
+from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
@@ -230,13 +230,15 @@ class ORPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
         if self.data_summary is not None:
-            logger.info("training data: %s", self.data_summary)
             rows = prepared[0]
             some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
-            tokens = tokens_a_step(some, args.per_device_train_batch_size)
+            batch_size = args.per_device_train_batch_size
+            tokens = tokens_a_step(some, batch_size)
             listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
-            logger.info(
-                "tokens a batch of %d pairs: %s; asked for: %s", args.per_device_train_batch_size, listed, args.layout
+            announce(
+                f"training data: {self.data_summary}\n"
+                f"tokens a batch of {batch_size} pairs: {listed}; asked for: {args.layout}",
+                args,
             )
 
     def orpo(

@@ -31,7 +31,6 @@ Raises ImportError at import where TRL is missing or of another version.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +54,7 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
-from .data import TOKENIZED_COLUMNS, DataSummary, tokenize_pair, truncate_pair
+from .data import TOKENIZED_COLUMNS, DataSummary, announce, tokenize_pair, truncate_pair
 from .layout import asked_for, pack_pairs
 from .layout_gate import LayoutGate, model_inputs, moved
 from .lm_head import ModelLogps, attach
@@ -74,7 +73,6 @@ if _cause is not None or _found not in SpecifierSet(_SUPPORTED):
         f"{'' if _cause is None else f' ({_cause})'}. Run: pip install 'trl{_SUPPORTED}'"
     ) from _cause
 
-logger = logging.getLogger("orpo_kernels")
 
 _SIDES = ("chosen", "rejected")
 _PRESET = get_preset("trl")
@@ -128,7 +126,7 @@ class _HeadLogps(_TrlTrainer):
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
                 self.train_dataset = self.train_dataset.filter(_has_scored_token)
-            logger.info("training data: %s", self.data_summary)
+            announce(f"training data: {self.data_summary}", self.args)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""

@@ -76,7 +76,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     model_args, data_args, lora_args, config = parse(args.arguments)
     trainer = build_trainer(model_args, data_args, lora_args, config)
-    print(trainer.data_summary if trainer.data_summary is not None else "streaming data: no summary", flush=True)
+    if trainer.data_summary is None:
+        print("streaming data: no summary", flush=True)
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     metrics = dict(result.metrics)

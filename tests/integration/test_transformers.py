@@ -249,6 +249,14 @@ def test_a_model_that_may_not_train_its_head_costs_no_head_gradient(tmp_path, to
     assert model.lm_head.weight.grad is None
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_summary_comes_before_training(tmp_path, tokenizer, model, quiet, capsys):
+    ORPOTrainer(model, config(tmp_path, disable_tqdm=quiet), train_dataset=PAIRS, processing_class=tokenizer)
+    printed = capsys.readouterr().out
+    assert (f"training data: {len(PAIRS)} pairs" in printed) == (not quiet)
+    assert ("asked for: padded" in printed) == (not quiet)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
