@@ -61,6 +61,7 @@ $(LF)/.built: $(BIN)/.test
 	$(call SCRATCH,$(LF))
 	$(LF)/$(INSTALL) --no-deps transformers==5.22.2 trl==0.28.0 kernels omegaconf torchaudio==2.11.0
 	$(LF)/$(INSTALL) weave
+	rm -f $(LF)/lib/python*/site-packages/torchaudio/lib/*.so  # for CUDA; LLaMA-Factory imports it, and calls none
 	touch $@
 
 # docs/compatibility.md, from the tests of all environments.
