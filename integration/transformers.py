@@ -57,6 +57,14 @@ class ORPOConfig(TrainingArguments):
         default=1024,
         metadata={"help": "Longest prompt + completion in tokens; the prompt is cut from its start. None: no limit."},
     )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training rows: group_by_length (random, rows of about a length together: less "
+            "padding), random, sequential or batch_rebalance. A stream keeps its own.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
     beta: float | None = field(
         default=None,
         metadata={"help": "Weight of the odds-ratio term (the paper's lambda). Default: the preset's, 0.1 for trl."},

@@ -47,7 +47,7 @@ def linear_logps(
 
     Returns fp32 (fp64 for fp64 inputs), shaped like `targets`, 0 at ignored places; differentiable in hidden,
     weight and bias. A target that is certain keeps its precision: logp = -softplus(L - z_y) with L over the
-    other entries. A row with NaN or inf gives NaN.
+    other entries. A row with NaN gives NaN; one with inf too, unless a soft-cap bounds its logits.
 
     Raises ValueError or TypeError that names the argument, its value and what it must be.
     """

@@ -147,7 +147,6 @@ def build_trainer(
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        train_sampling_strategy="group_by_length",  # less padding
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",  # too few steps to spend any at a low rate
         seed=settings.seed,
