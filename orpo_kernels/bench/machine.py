@@ -1,0 +1,51 @@
+"""What a result was measured on and with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_kernels import __version__
+
+_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """name of the processor that computes, and what belongs to it."""
+    found: dict[str, Any] = {"device": device, "cpu": _cpu_name(), "threads": threads, "system": platform.platform()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device == "cpu":
+        return {"name": f"{found['cpu']}, {threads} thread{'s' * (threads > 1)}", **found}
+    card = torch.cuda.get_device_properties(device)
+    return {
+        "name": card.name,
+        **found,
+        "card_memory_bytes": card.total_memory,
+        "capability": f"{card.major}.{card.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"orpo_kernels": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,58 @@
+"""What a peer is, and what those that give log-probabilities per token share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
+from orpo_kernels.loss import orpo_from_logps
+
+# Loss [], and log-probabilities [2B, T] of the scored targets, or None where the peer does not give them.
+Loss = Callable[[Inputs], tuple[Tensor, Tensor | None]]
+
+
+class Unavailable(Exception):
+    """The peer cannot run this problem here; the message says why."""
+
+
+class Peer(NamedTuple):
+    """A way to compute the loss.
+
+    logits: how many it holds at once, in words: "all", "a pair's", "a chunk", "none".
+    build: makes the loss function for a problem. Imports what it needs; raises ImportError or Unavailable.
+    compiles: its first call on new shapes costs more than the others.
+    """
+
+    name: str
+    label: str
+    logits: str
+    build: Callable[[Problem], Loss]
+    compiles: bool = False
+
+
+def refuse_softcap(problem: Problem, name: str) -> None:
+    if problem.softcap is not None:
+        raise Unavailable(f"{name} has no soft-cap")
+
+
+def from_token_logps(logps_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """Our objective on `logps_of(hidden [N, D], weight [V, D], targets [N]) -> [N]`, given the scored rows only."""
+
+    def loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        union = inputs.scored_targets
+        places = (union.flatten() != IGNORED).nonzero().squeeze(1)
+        hidden = inputs.hidden.reshape(-1, inputs.hidden.shape[-1]).index_select(0, places)
+        found = logps_of(hidden, inputs.weight, union.flatten()[places]).float()
+        logps = torch.zeros(union.numel(), device=found.device).index_copy(0, places, found).view(union.shape)
+        return objective(inputs, logps), logps
+
+    return loss
+
+
+def objective(inputs: Inputs, logps: Tensor) -> Tensor:
+    """ORPO on TRL's terms from log-probabilities [2B, T]."""
+    return orpo_from_logps(logps, inputs.targets, nll_targets=inputs.nll_targets, beta=inputs.beta, preset="trl").loss

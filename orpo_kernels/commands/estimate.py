@@ -1,0 +1,105 @@
+"""`orpo-kernels estimate`: what full logits would take, and what this package takes, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+import torch
+
+from orpo_kernels.estimate import MODELS, Estimate, HeadSize, estimate, head_of_model
+from orpo_kernels.plan import MIB
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "estimate",
+        help="say what the loss will take on a model, by full logits and without them",
+        description="Memory and operations of the head and the ORPO loss, from the sizes alone: nothing is loaded.",
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER_OR_NAME", help=f"a folder with a config.json, or one of {', '.join(MODELS)}"
+    )
+    parser.add_argument("--hidden-size", type=int, metavar="D", help="in place of --model's")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="in place of --model's")
+    parser.add_argument("--softcap", type=float, help="of the logits, in place of --model's")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute dtype (default: --model's, else float32)")
+    parser.add_argument("--pairs", type=int, default=2, metavar="B", help="a batch (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=1024, metavar="T", help="tokens a row, padding included (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ignored", type=float, default=0.25, help="share of positions that are not scored (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="it need not be there (default: %(default)s)"
+    )
+    parser.add_argument("--scratch-mib", type=float, help="memory budget (default: the device's)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        head = _head(args)
+        dtype = DTYPES[args.dtype] if args.dtype else head.dtype or torch.float32
+        found = estimate(
+            head,
+            args.pairs,
+            args.length,
+            dtype=dtype,
+            device=args.device,
+            ignored=args.ignored,
+            scratch_bytes=None if args.scratch_mib is None else int(args.scratch_mib * MIB),
+        )
+    except ValueError as error:
+        print(f"orpo-kernels estimate: {error}", file=sys.stderr)
+        return 2
+    cap = "" if head.softcap is None else f", soft-cap {head.softcap:g}"
+    print(
+        f"{args.pairs} pairs of {args.length} tokens a row, {args.ignored:.0%} of them not scored; "
+        f"D={head.hidden_size}, V={head.vocab_size}{cap}; {str(dtype).removeprefix('torch.')} on {args.device}\n"
+    )
+    print("\n".join(table(found)))
+    print(
+        "\nGradients (of hidden states and weight) come on top of either. A unit is 2*N*D*V operations, N the scored\n"
+        "tokens; full logits are made for every position. Full logits: one cross entropy, no copy."
+    )
+    return 0
+
+
+def table(found: list[Estimate]) -> list[str]:
+    """Lines: MiB and units of each setting."""
+    head = f"{'MiB':<36}{'full logits':>12}{'ours':>10}  = {'scratch':>8} + {'saved':>9}{'gradients':>11}"
+    lines = [f"{head}{'units: full':>13}{'ours':>6}"]
+    for e in found:
+        full, ours, scratch, saved, gradients = (
+            f"{number / MIB:,.0f}"
+            for number in (
+                e.full_bytes,
+                e.our_bytes,
+                e.schedule.scratch_bytes,
+                e.schedule.saved_bytes,
+                e.gradient_bytes,
+            )
+        )
+        lines.append(
+            f"{e.setting:<36}{full:>12}{ours:>10}  = {scratch:>8} + {saved:>9}{gradients:>11}"
+            f"{e.full_units:>13.2f}{e.our_units:>6.2f}"
+        )
+    return lines
+
+
+def _head(args: argparse.Namespace) -> HeadSize:
+    given = {
+        name: getattr(args, name)
+        for name in ("hidden_size", "vocab_size", "softcap")
+        if getattr(args, name) is not None
+    }
+    if args.model is not None:
+        return replace(head_of_model(args.model), **given)
+    if "hidden_size" not in given or "vocab_size" not in given:
+        raise ValueError("give --model, or both --hidden-size and --vocab-size")
+    return HeadSize(**given)

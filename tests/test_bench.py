@@ -1,0 +1,154 @@
+"""`bench`, on a problem of no size: what it writes, lists and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_kernels.__main__ import main
+from orpo_kernels.bench import exact, lengths, report, runner
+from orpo_kernels.bench.child import MODES, measure
+from orpo_kernels.bench.peers import PEERS
+from orpo_kernels.bench.problem import IGNORED, Problem, make_inputs
+
+TINY = Problem(pairs=2, length=12, hidden_size=16, vocab_size=60)
+# None of them compiles anything.
+EAGER = ["full", "liger-eager", "trl-chunked", "torch-chunked", "torch-plain", "ours", "ours-kept", "ours-12mib"]
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The judge's answers, for fp32 and bf16 inputs."""
+    folder = tmp_path_factory.mktemp("exact")
+    files = {}
+    for narrow in (False, True):
+        files[narrow] = folder / f"{narrow}.pt"
+        torch.save(exact.solve(make_inputs(problem_of(narrow)), with_weight=True), files[narrow])
+    return files
+
+
+def problem_of(narrow: bool) -> Problem:
+    return Problem.of(TINY.as_dict() | {"dtype": "bfloat16" if narrow else "float32"})
+
+
+def specification(peer: str, mode: str, file: Path | None, narrow: bool = False) -> dict[str, Any]:
+    problem = problem_of(narrow).as_dict()
+    return {"problem": problem, "peer": peer, "mode": mode, "repeats": 1, "exact": file and str(file)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("peer", EAGER)
+def test_every_peer_computes_the_same(peer: str, mode: str, solved: dict[bool, Path]):
+    found = measure(specification(peer, mode, solved[False]))
+    if found["status"] == "skipped":  # what an older torch does not have
+        assert peer.startswith("torch")
+        assert "linear_cross_entropy" in found["reason"]
+        return
+    (sample,) = found["samples"]
+    assert 0 < sample["forward_s"] <= sample["total_s"]
+    errors = found["errors"]
+    assert errors["loss"] < 1e-5
+    assert (errors["logps"] is None) == peer.startswith("liger")
+    assert errors["logps"] is None or errors["logps"] < 1e-4
+    train_hidden, train_weight = MODES[mode]
+    for name, trains in (("hidden_gradient", train_hidden), ("weight_gradient", train_weight)):
+        assert (errors[name] is not None) == trains, name
+        assert errors[name] is None or errors[name] < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trained"])
+def test_bf16_errors_are_seen(mode: str, solved: dict[bool, Path]):
+    """A judge that could not tell bf16 logits from exact ones would be none."""
+    full, ours = (measure(specification(peer, mode, solved[True], True))["errors"] for peer in ("full", "ours"))
+    assert ours["logps"] < 1e-5
+    assert full["logps"] > 100 * ours["logps"]
+    assert 1e-4 < ours["hidden_gradient"] < full["hidden_gradient"]
+
+
+def test_inputs_are_as_described():
+    problem = Problem(pairs=3, length=40, hidden_size=64, vocab_size=500, ignored=0.25)
+    inputs = make_inputs(problem)
+    scored = inputs.scored_targets != IGNORED
+    assert int(scored.sum()) == problem.scored == 0.75 * problem.positions
+    logits = inputs.hidden.double() @ inputs.weight.double().T
+    logps = logits.log_softmax(-1).gather(-1, inputs.scored_targets.clamp_min(0)[..., None])[..., 0][scored]
+    assert -2.5 < float(logps.median()) < -0.1
+    assert torch.equal(make_inputs(problem).hidden, inputs.hidden)
+
+
+def test_what_does_not_run_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def call(arguments: list[str], timeout: float) -> dict[str, Any]:
+        peer = json.loads(arguments[2])["peer"]
+        if peer == "full":
+            return real(["-c", "raise MemoryError('no room for logits')"], timeout)
+        return measure(json.loads(arguments[2]))
+
+    real = runner.call
+    monkeypatch.setattr(runner, "call", call)
+    settings = runner.Settings(peers=("full", "cce-exact", "ours"), modes=("frozen",), rounds=2, repeats=1)
+    result = runner.run(TINY, settings, ["bench"])
+    full, cce, ours = result["results"]
+    assert (full["status"], full["reason"]) == ("failed", "MemoryError: no room for logits")
+    assert cce["status"] == "skipped"
+    assert cce["reason"]
+    assert ours["status"] == "ok"
+    assert [sample["round"] for sample in ours["samples"]] == [0, 1]
+    table = report.table(result)
+    assert "no room for logits" in table
+    assert cce["reason"] in table
+    assert real(["-c", "import time; time.sleep(9)"], 0.2)["reason"] == "took more than 0.2 s"
+
+
+def test_the_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    sizes = ["--pairs", "1", "--length", "12", "--hidden-size", "16", "--vocab-size", "60", "--sweep", "8"]
+    how = ["--peers", "full", "ours", "--modes", "frozen", "--rounds", "1", "--repeats", "1", "--device", "cpu"]
+    assert main(["bench", *sizes, *how, "--output-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "full logits" in printed
+    assert "orpo_kernels" in printed
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"command", "date", "machine", "versions", "problem", "settings", "results", "sweep"} <= result.keys()
+    for row in result["results"]:
+        assert row["status"] == "ok"
+        assert row["summary"]["total_s"]["median"] > 0
+        assert len(row["samples"]) == 1
+    assert [row["length"] for row in result["sweep"]] == [8, 8]
+    assert list(tmp_path.glob("*.png"))
+    assert main(["bench", "--compare", *[str(tmp_path / "result.json")] * 2]) == 0
+    assert "orpo_kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "0"], "--pairs 0"),
+        (["--rounds", "0"], "--rounds 0: it must be positive"),
+        (["--ignored", "0.9"], "ignored=0.9"),
+        (["--model", "nobody"], "nobody"),
+        (["--tokens", "3"], "--tokens 3 leaves no row"),
+        (["--sweep", "1"], "--sweep 1"),
+        (["--compare", "none.json", "none.json"], "--compare none.json"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lengths():
+    drawn = lengths.lognormal(200, 0)
+    assert drawn == lengths.lognormal(200, 0) != lengths.lognormal(200, 1)
+    assert len(drawn) == 200
+    assert all(size >= 1 for row in drawn for size in row)
+    problem = Problem(pairs=200, length=1024, lengths=drawn)
+    assert problem.padded_length <= 1024
+    assert problem.scored < problem.positions
+
+
+def test_names():
+    assert [name for name in PEERS if name.startswith("ours")] == ["ours", "ours-kept", "ours-12mib"]
