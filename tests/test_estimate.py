@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from orpo_kernels.__main__ import main
+from orpo_kernels.bench.child import measure
+from orpo_kernels.bench.problem import Problem
 from orpo_kernels.estimate import MODELS, HeadSize, estimate, head_of_model
 from orpo_kernels.plan import Plan
 
@@ -24,6 +26,15 @@ def test_full_logits_are_three_tensors_and_three_units():
     assert found["trained head"].full_units == pytest.approx(3 * 200 / 150)
     assert found["evaluation"].gradient_bytes == 0
     assert found["trained head"].gradient_bytes == 4 * 64 * (200 + 1000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's high-water mark")
+@pytest.mark.parametrize(("mode", "setting"), [("evaluation", "evaluation"), ("frozen", "frozen head")])
+def test_full_logits_take_what_is_measured(mode: str, setting: str):
+    problem = Problem(pairs=1, length=200, hidden_size=8, vocab_size=30000)
+    found = measure({"problem": problem.as_dict(), "peer": "full", "mode": mode, "repeats": 1, "exact": None})
+    (e,) = [e for e in estimate(HeadSize(8, 30000), 1, 200, dtype=torch.float32, device="cpu") if e.setting == setting]
+    assert found["samples"][0]["peak_bytes"] == pytest.approx(e.full_bytes + e.gradient_bytes, rel=0.05)
 
 
 def test_ours_is_the_schedule_of_a_call():

@@ -40,8 +40,8 @@ def headline(result: dict[str, Any]) -> str:
     return (
         f"{p['pairs']} pairs as {2 * p['pairs']} x {p['padded_length']} positions, {p['scored']} scored; "
         f"D={p['hidden_size']}, V={p['vocab_size']}, {p['dtype']}{cap}\n{result['machine']['name']}; "
-        f"torch {result['versions']['torch']}; {result['full_rounds']} full rounds of "
-        f"{result['settings']['repeats']}, medians; errors against float64"
+        f"torch {result['versions']['torch']}; full rounds: {result['full_rounds']}, "
+        f"repeats {result['settings']['repeats']}, medians; errors against float64"
     )
 
 

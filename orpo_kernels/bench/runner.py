@@ -32,8 +32,8 @@ class Settings:
     """How to measure.
 
     peers, modes: names (`peers.PEERS`, `child.MODES`). rounds: at most; repeats: in each process.
-    minutes: no round is begun that would not fit, and no measurement after that time. timeout: seconds a process.
-    sweep: further lengths T to measure once each, for memory against length.
+    minutes: after the first round, none is begun that would not fit. timeout: seconds a process.
+    sweep: further lengths T to measure once each, after the rounds, for memory against length.
     """
 
     peers: tuple[str, ...] = tuple(PEERS)
@@ -56,7 +56,10 @@ def training(modes: tuple[str, ...]) -> list[str]:
 
 
 def run(problem: Problem, settings: Settings, command: list[str], report: Report = lambda _: None) -> dict[str, Any]:
-    """The result, as its file holds it. Raises RuntimeError if the judge fails."""
+    """The result, as its file holds it; interrupted by Ctrl-C, with what there is by then.
+
+    Raises RuntimeError if the judge fails.
+    """
     started = time.monotonic()
 
     def elapsed() -> float:
@@ -69,24 +72,26 @@ def run(problem: Problem, settings: Settings, command: list[str], report: Report
         report("float64")
         _solve(problem, settings, exact)
         report(None)
-        rounds = 0
-        for index in range(settings.rounds):
-            begun = elapsed()
-            cases = list(results.values())[:: -1 if index % 2 else 1]
-            for result in (r for r in cases if r["status"] in ("ok", "waiting")):
-                if elapsed() > limit:
-                    break
-                report(f"{result['peer']} {result['mode']}")
-                path = None if result["errors"] else str(exact)
-                _add(result, index, _measure(problem, settings, result["peer"], result["mode"], path))
-                report(None)
-            else:
+        rounds, interrupted = 0, False
+        sweep: list[dict[str, Any]] = []
+        try:
+            for index in range(settings.rounds):
+                begun = elapsed()
+                cases = list(results.values())[:: -1 if index % 2 else 1]
+                for result in (r for r in cases if r["status"] in ("ok", "waiting")):
+                    report(f"{result['peer']} {result['mode']}")
+                    path = None if result["errors"] else str(exact)
+                    _add(result, index, _measure(problem, settings, result["peer"], result["mode"], path))
+                    report(None)
                 rounds += 1
-            if elapsed() + (elapsed() - begun) > limit:
-                break
+                if elapsed() + (elapsed() - begun) > limit:
+                    break
+            _sweep(problem, settings, results, report, sweep)
+        except KeyboardInterrupt:
+            interrupted = True
     for result in results.values():
         if result["status"] == "waiting":
-            result |= {"status": "not measured", "reason": f"the limit of {settings.minutes:g} minutes came first"}
+            result |= {"status": "not measured", "reason": "interrupted before its turn"}
         result["summary"] = summary(result["samples"])
     return {
         "command": command,
@@ -101,8 +106,9 @@ def run(problem: Problem, settings: Settings, command: list[str], report: Report
         },
         "settings": asdict(settings),
         "full_rounds": rounds,
+        "interrupted": interrupted,
         "results": list(results.values()),
-        "sweep": _sweep(problem, settings, results, report),
+        "sweep": sweep,
         "seconds": round(elapsed(), 1),
     }
 
@@ -141,9 +147,14 @@ def _add(result: dict[str, Any], index: int, found: dict[str, Any]) -> None:
         result["errors"] = found["errors"] or result["errors"]
 
 
-def _sweep(problem: Problem, settings: Settings, results: dict[Any, dict[str, Any]], report: Report) -> list[Any]:
-    """Peak memory of every peer that has run, at each length: peer, mode, length, peak_bytes, status, reason."""
-    found = []
+def _sweep(
+    problem: Problem,
+    settings: Settings,
+    results: dict[Any, dict[str, Any]],
+    report: Report,
+    found: list[dict[str, Any]],
+) -> None:
+    """Adds to `found` the peak memory at each length of every peer that has run."""
     once = replace(settings, repeats=1)
     for length in settings.sweep:
         for mode in training(settings.modes):
@@ -156,7 +167,6 @@ def _sweep(problem: Problem, settings: Settings, results: dict[Any, dict[str, An
                 peak = measured["samples"][0]["peak_bytes"] if measured["status"] == "ok" else None
                 row = {"peer": peer, "mode": mode, "length": length, "peak_bytes": peak}
                 found.append({**row, "status": measured["status"], "reason": measured.get("reason")})
-    return found
 
 
 def _measure(problem: Problem, settings: Settings, peer: str, mode: str, exact: str | None) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     how.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     how.add_argument("--rounds", type=int, default=5, help="at most (default: %(default)s)")
     how.add_argument("--repeats", type=int, default=2, help="in each process (default: %(default)s)")
-    how.add_argument("--minutes", type=float, default=4.0, help="no round begins that would not fit (default: 4)")
+    how.add_argument(
+        "--minutes", type=float, default=4.0, help="after the first round, none begins that would not fit (default: 4)"
+    )
     how.add_argument("--timeout", type=float, default=600.0, help="seconds a process may take (default: 600)")
     how.add_argument(
         "--sweep", nargs="+", type=int, metavar="T", default=[], help="more lengths, for memory against length"
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(report.table(result))
     print("\nwrote", *[path, *_plots(result, args.output_dir)])
+    if result["interrupted"]:
+        return 130
     # Our own settings must run; a peer need not.
     ours = [row for row in result["results"] if row["peer"] == "ours"]
     return 1 if any(row["status"] == "failed" for row in ours) else 0
