@@ -57,7 +57,7 @@ step() { # NAME SECONDS COMMAND...
 }
 
 if [ -n "$dry" ]; then
-  bench=(--pairs 1 --length 16 --hidden-size 32 --vocab-size 300 --rounds 1 --repeats 1 --sweep 8)
+  bench=(--pairs 1 --length 16 --hidden-size 32 --vocab-size 300 --modes frozen --rounds 1 --repeats 1 --sweep 8)
   rate=(--tokens 32 --hidden-size 32 --vocab-size 300 --dtype float32 --repeats 1)
   steps=(--steps 1 --rounds 1 --batch-size 1 --max-length 128)
   limits=(900 300 60 600 600)

@@ -90,7 +90,11 @@ def _trainer(specification: dict[str, Any]) -> Any:
 
     where = {"gguf_file": specification["gguf_file"]}
     tokenizer = AutoTokenizer.from_pretrained(specification["model"], **where)
-    model = AutoModelForCausalLM.from_pretrained(specification["model"], dtype=torch.float32, **where)
+    model: Any = AutoModelForCausalLM.from_pretrained(specification["model"], dtype=torch.float32, **where)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and specification["gguf_file"] is not None:
+        # Unpacked when it was loaded, so a plain model; Trainer would refuse it by its origin.
+        quantizer.remove_quantization_config(model)
     on_card = specification["device"] == "cuda"
     rows = _fitting(specification, tokenizer)
     common: dict[str, Any] = {
@@ -270,7 +274,7 @@ def main() -> int:
     print(table(result))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(any(row["status"] == "failed" for row in result["results"].values()))
 
 
 if __name__ == "__main__":

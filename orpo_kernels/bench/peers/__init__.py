@@ -8,5 +8,5 @@ from orpo_kernels.bench.peers.interface import Peer, Unavailable
 __all__ = ["PEERS", "Peer", "Unavailable"]
 
 PEERS: dict[str, Peer] = {
-    peer.name: peer for module in (full_logits, liger, trl_chunked, torch_fused, cce, ours) for peer in module.PEERS
+    peer.name: peer for module in (ours, full_logits, liger, trl_chunked, torch_fused, cce) for peer in module.PEERS
 }
