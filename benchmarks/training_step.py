@@ -142,9 +142,8 @@ def _trainer(specification: dict[str, Any]) -> Any:
     )
 
 
-def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
     """Enough pairs of the file, shuffled, that need no cutting."""
-    from orpo_kernels.integration.shapes import normalize_example
     from orpo_kernels.integration.tokenization import tokenize_pair
 
     rows = read_pairs(Path(specification["pairs"]))
@@ -152,13 +151,31 @@ def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, An
     needed = specification["batch_size"] * (specification["steps"] + 1)
     found = []
     for row in rows:
-        tokenized = tokenize_pair(row, tokenizer, None)
+        texts = _rendered(row, tokenizer)
+        tokenized = tokenize_pair(texts, tokenizer, None)
         # TRL also puts a BOS token before a prompt that has none.
         if max(len(tokenized[f"{side}_input_ids"]) for side in ("chosen", "rejected")) < specification["max_length"]:
-            found.append(normalize_example(row))
+            found.append(texts)
         if len(found) == needed:
             return found
     raise ValueError(f"{len(found)} pairs of {specification['pairs']} fit max_length, and {needed} are needed")
+
+
+def _rendered(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
+    """Strings that end where the template's last turn does: TRL puts an EOS token behind anything else."""
+    from orpo_kernels.integration.shapes import normalize_example, shared_length
+
+    pair = normalize_example(row)
+    if isinstance(pair["prompt"], str):
+        return pair
+    prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
+    texts = {"prompt": prompt}
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=False)
+        if shared_length(prompt, whole) < len(prompt):
+            raise ValueError("the chat template renders a prompt otherwise once an answer follows")
+        texts[side] = whole[len(prompt) :].rstrip()
+    return texts
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
