@@ -23,11 +23,9 @@ Axolotl is therefore an error here at import; versions are checked when Axolotl 
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 try:
@@ -42,6 +40,7 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.presets import get_preset
 
 from .lm_head import ModelLogps, attach
+from .versions import require
 
 __all__ = ["ORPOPlugin", "ORPOTrainer"]
 
@@ -53,25 +52,8 @@ _PRESET = get_preset("trl")
 ORPOTrainer: type  # made when it is asked for, see __getattr__
 
 
-def _check_versions(cause: ImportError | None = None) -> None:
-    """Raise ImportError for a package of `_SUPPORTED` that is missing or of another version, or for `cause`."""
-    found = {}
-    for name in _SUPPORTED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    if cause is not None or any(found[name] not in SpecifierSet(needed) for name, needed in _SUPPORTED.items()):
-        needs = [f"{name}{needed}" for name, needed in _SUPPORTED.items()]
-        raise ImportError(
-            f"{__name__} needs {' and '.join(needs)}; found "
-            f"{' and '.join(f'{name} {number}' for name, number in found.items())}"
-            f"{'' if cause is None else f' ({cause})'}. Run: pip install {' '.join(map(repr, needs))}"
-        ) from cause
-
-
 if _cause is not None:
-    _check_versions(_cause)
+    require(__name__, _SUPPORTED, cause=_cause)
 
 # What stands behind the class below in the bases of what is built: Axolotl's trainer.
 _AxolotlTrainer: Any = object
@@ -129,7 +111,7 @@ def _trainer_class() -> type:
 def __getattr__(name: str) -> Any:
     if name != "ORPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _check_versions()
+    require(__name__, _SUPPORTED)
     return _trainer_class()
 
 
@@ -144,7 +126,7 @@ class ORPOPlugin(_BasePlugin):
         """
         if _PLUGIN not in (cfg.get("plugins") or []):
             return  # Axolotl has kept the plugin from an earlier configuration
-        _check_versions()
+        require(__name__, _SUPPORTED)
         if cfg.get("rl") != "orpo":
             raise ValueError(f"rl is {cfg.get('rl')!r}: {_PLUGIN} is for rl: orpo; set that or leave the plugin out")
         if cfg.get("trainer_cls") not in (None, _TRAINER):

@@ -27,47 +27,33 @@ Raises ImportError at import where LLaMA-Factory or TRL is missing, of another v
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 from orpo_kernels.integration.lm_head import ModelLogps, attach
+from orpo_kernels.integration.versions import require
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import orpo_from_logps
 from orpo_kernels.presets import get_preset
 
 __all__ = ["ORPOTrainer", "main"]
 
-_SUPPORTED = {"llamafactory": ">=0.9.5,<0.9.6", "trl": ">=0.27,<0.29"}
-
-
-def _check_versions(cause: Exception | None = None) -> None:
-    """Raise ImportError for a package of `_SUPPORTED` that is missing or of another version, or for `cause`."""
-    found = {}
-    for name in _SUPPORTED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    if cause is not None or any(found[name] not in SpecifierSet(needed) for name, needed in _SUPPORTED.items()):
-        needs = [f"{name}{needed}" for name, needed in _SUPPORTED.items()]
-        raise ImportError(
-            f"orpo_kernels.integration.llama_factory needs {' and '.join(needs)}, weave, and DISABLE_VERSION_CHECK=1 "
-            f"set; found {' and '.join(f'{name} {number}' for name, number in found.items())}"
-            f"{'' if cause is None else f' ({cause})'}. Run: pip install --no-deps {' '.join(map(repr, needs))}; "
-            "pip install weave"
-        ) from cause
-
-
-_check_versions()
+_require = partial(
+    require,
+    "orpo_kernels.integration.llama_factory",
+    {"llamafactory": ">=0.9.5,<0.9.6", "trl": ">=0.27,<0.29"},
+    also=", weave, and DISABLE_VERSION_CHECK=1 set",
+    install="pip install --no-deps {}; pip install weave",
+)
+_require()
 try:
     from llamafactory.train import tuner
     from llamafactory.train.dpo import trainer as dpo
 except (ImportError, RuntimeError) as error:  # TRL raises a RuntimeError where one of its own imports fails
-    _check_versions(error)
+    _require(cause=error)
 
 
 class ORPOTrainer(dpo.CustomDPOTrainer):

@@ -33,11 +33,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
 try:
@@ -59,20 +57,11 @@ from .layout import asked_for, pack_pairs
 from .layout_gate import LayoutGate, model_inputs, moved
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .versions import require
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
 
-_SUPPORTED = ">=1.16,<1.17"
-try:
-    _found = version("trl")
-except PackageNotFoundError:
-    _found = "none"
-if _cause is not None or _found not in SpecifierSet(_SUPPORTED):
-    raise ImportError(
-        f"orpo_kernels.integration.trl needs trl{_SUPPORTED} with datasets and accelerate; found trl {_found}"
-        f"{'' if _cause is None else f' ({_cause})'}. Run: pip install 'trl{_SUPPORTED}'"
-    ) from _cause
-
+require(__name__, {"trl": ">=1.16,<1.17"}, cause=_cause, also=" with datasets and accelerate")
 
 _SIDES = ("chosen", "rejected")
 _PRESET = get_preset("trl")

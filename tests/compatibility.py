@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SECTIONS = ("Trainers", "Wrappers", "Adapters", "Architectures", "Layouts")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "axolotl", "llamafactory")
@@ -27,7 +28,7 @@ _HEADER = """# What works with what
 
 Made by `make compatibility` from the tests that ran; not written by hand. Losses and gradients are the largest
 relative errors found against full logits: of a step's loss, over all steps, and of a parameter's gradient in the
-first step (Frobenius norm). All on {machine}; no GPU was there.
+first step (Frobenius norm). All on {machine}.
 """
 
 _measured: dict[str, float] = {}
@@ -116,7 +117,8 @@ def table(tests: dict[str, dict[str, Any]]) -> str:
             row["limits"] += [limits] if limits and limits not in row["limits"] else []
             for error, value in found["measured"].items():
                 row["measured"][error] = max(row["measured"].get(error, 0.0), value)
-    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {card}"
     lines = [_HEADER.format(machine=machine), "Environments:", ""]
     lines += [f"{index}. {environment}" for index, environment in enumerate(environments, 1)]
     for section in SECTIONS:

@@ -12,7 +12,7 @@ import torch
 
 from orpo_kernels import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
@@ -20,8 +20,9 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device, "cpu": _cpu_name(), "threads": threads, "system": platform.platform()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device == "cpu":
-        return {"name": f"{found['cpu']}, {threads} thread{'s' * (threads > 1)}", **found}
+    if torch.device(device).type != "cuda":
+        name = f"{found['cpu']}, {threads} thread{'s' * (threads > 1)}"
+        return {"name": name if device == "cpu" else f"{name}, {device}", **found}
     card = torch.cuda.get_device_properties(device)
     return {
         "name": card.name,

@@ -6,9 +6,7 @@ nats: they do not depend on beta.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 
-from orpo_kernels import __version__
+from orpo_kernels.bench.machine import describe, versions
 from orpo_kernels.commands import loss_memory
 from orpo_kernels.commands.compare import Comparison
 from orpo_kernels.commands.demo import DemoError
@@ -29,8 +27,6 @@ from orpo_kernels.commands.demo_plot import plot_curves
 from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.commands.demo_report import announce, print_results
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
-
-_VERSIONED = ("torch", "triton", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def run(name: str, folder: str, gguf_file: str | None, output_dir: Path, setting
     with stages("load"):
         model, tokenizer = load_model(folder, gguf_file)
     trainer = build_trainer(model, tokenizer, read_pairs(), output_dir, settings)
-    machine = describe_machine(trainer.args.device)
+    machine = describe(str(trainer.args.device), torch.get_num_threads())["name"]
     announce(name, machine, trainer, settings)
     tuned = tune(trainer, read_pairs(), settings, stages)
     # The embeddings do not train; looking for their first size would ask a hub.
@@ -270,30 +266,3 @@ def answer(trainer: ORPOTrainer, prompt: list[dict[str, str]], tokens: int) -> s
     )[0, asked:]
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return text if len(ids) < tokens else f"{text} ..."
-
-
-def describe_machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    text = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
-    return text if device.type == "cpu" else f"{text}, {device}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"orpo_kernels": __version__, "python": platform.python_version()}
-    for package in _VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found

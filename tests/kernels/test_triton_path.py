@@ -56,9 +56,9 @@ class Problem(NamedTuple):
 class Answer(NamedTuple):
     """What the definitions give in float64 with all the logits. g: (onehot - q) f' [N, V].
 
-    logit_error: what fp32 arithmetic may miss the worst logit of a row by [N]. It goes with the terms that are
-    summed, not with their sum, which may cancel: sum_d |h_d w_d| <= |h| |w|, so a logit that is many times smaller
-    than |h| |w|, or flattened by a soft-cap, is off by just as much in any fp32 implementation.
+    logit_error: what fp32 arithmetic may miss the worst logit of a row by [N]: four roundings of the sum before it
+    is capped, and of its terms' root sum square and bias, as a sum that cancels, or is flattened by a soft-cap, is
+    off by as much as one that is not.
     """
 
     logit_error: Tensor
@@ -105,11 +105,11 @@ def exact(problem: Problem) -> Answer:
     hidden = tokens.hidden if tokens.rows is None else tokens.hidden[tokens.rows]
     hidden, weight = (x.to(head.compute_dtype).double() for x in (hidden, head.weight))
     x = hidden @ weight.T
-    terms = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+    terms = (hidden.square() @ weight.square().T).sqrt()
     if head.bias is not None:
         bias = head.bias.to(head.compute_dtype).double()
         x, terms = x + bias, terms + bias.abs()
-    logit_error = 4 * rounding(torch.float32) * head.logit_scale * terms.amax(1)
+    logit_error = 4 * rounding(torch.float32) * head.logit_scale * (x.abs() + terms).amax(1)
     z = x * head.logit_scale
     slope = torch.full_like(z, head.logit_scale)
     if head.softcap is not None:
