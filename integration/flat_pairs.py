@@ -18,12 +18,13 @@ def flat_pair_rows(
     num_pairs: int,
     longest: int,
     preset: Preset,
+    mean_logits: Tensor | None = None,
     *,
     aux_loss: Tensor | None = None,
 ) -> Tensor:
     """`pair_table.pair_rows` of flat log-probabilities [N] in the order of `layout`, of B = num_pairs pairs.
 
-    longest: at least the tokens of the longest sequence.
+    longest: at least the tokens of the longest sequence. mean_logits, aux_loss: as there.
     """
     sequence = torch.where(kind == REJECTED, pair + num_pairs, pair)  # ascending
     start = torch.searchsorted(sequence, torch.arange(2 * num_pairs, device=sequence.device))
@@ -36,7 +37,7 @@ def flat_pair_rows(
     targets[places] = torch.where(kind == PROMPT, -100, 0)
     nll_targets[places] = 0
     nll = None if preset.nll_over == "chosen" else nll_targets[:num_pairs]
-    return pair_rows(rectangle, targets, nll, None, aux_loss=aux_loss)
+    return pair_rows(rectangle, targets, nll, mean_logits, aux_loss=aux_loss)
 
 
 def flat_counts(pair: Tensor, kind: Tensor, num_pairs: int, preset: Preset) -> Tensor:

@@ -14,6 +14,7 @@ the model reads the same flat arrays, one entry a scored token, whatever the lay
     kind     PROMPT, CHOSEN or REJECTED of `orpo_kernels.objective`
 
 in the order chosen sequences then rejected ones, so that sums over them are of the same numbers in the same order.
+`places` come in that order too, a sequence's after the other's: what is shared is in both.
 
 What two sequences share is what their ids have in common at the start, even beyond the prompt: tokens that agree
 so far have the same hidden states. A hidden state then predicts two targets, and `rows` names it twice.
@@ -56,9 +57,14 @@ class Layout:
         return len(self.pairs)
 
     @property
+    def lengths(self) -> list[int]:
+        """[2B] tokens of each sequence, chosen ones then rejected ones: what cuts `places` into theirs."""
+        return [len(pair[f"{side}_input_ids"]) for side in ("chosen", "rejected") for pair in self.pairs]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(pair[f"{side}_input_ids"]) for pair in self.pairs for side in ("chosen", "rejected"))
+        return max(self.lengths)
 
     def again(self, name: Name) -> dict[str, Any]:
         """The batch of the same pairs in another layout."""
@@ -78,15 +84,21 @@ class _Pair(NamedTuple):
     rejected_prompt: int
 
 
-def asked_for(packing: bool, share_prefix: bool | str) -> Name:
+def asked_for(packing: bool, share_prefix: bool | str, packing_length: int | None = None) -> Name:
     """The layout that a trainer's options ask for; "auto" shares prompts where packing is on.
 
-    Raises ValueError for another `share_prefix` than "auto", True or False (or these as text).
+    Raises ValueError for another `share_prefix` than "auto", True or False (or these as text), and for a
+    `packing_length` below 1 or for padded rows.
     """
     shares = {"auto": packing, "true": True, "false": False}.get(str(share_prefix).lower())
     if shares is None:
         raise ValueError(f"share_prefix={share_prefix!r}: use 'auto', True or False")
-    return "shared" if shares else "packed" if packing else "padded"
+    name: Name = "shared" if shares else "packed" if packing else "padded"
+    if packing_length is not None and (packing_length < 1 or name == "padded"):
+        raise ValueError(
+            f"packing_length={packing_length}: use a positive int, and only with packing=True or share_prefix=True"
+        )
+    return name
 
 
 def lay_out(
@@ -120,8 +132,8 @@ def pack_pairs(
     nll_over: "chosen" leaves the chosen sequences' prompt tokens unscored.
     padding_value: a token id to fill rows up with.
 
-    Returns `input_ids`, `position_ids` [rows, T] int64; `rows`, `targets`, `pair`, `kind` [N] int64 (see above);
-    `layout`, a `Layout`. T is the length of the fullest row.
+    Returns `input_ids`, `position_ids` [rows, T] int64; `rows`, `targets`, `pair`, `kind` [N] int64 and `places` [M]
+    int64, M the tokens of all sequences (see above); `layout`, a `Layout`. T is the length of the fullest row.
 
     Raises ValueError for a batch without pairs or with rows that are not tokenised, and for a sequence or pair that
     does not fit into a row.
@@ -141,7 +153,7 @@ def pack_pairs(
             name = "pair" if share_prefix else f"{('chosen', 'rejected')[side]} sequence of pair"
             raise ValueError(
                 f"the {name} {index} has {tokens} tokens and row_length={row_length}: raise row_length, or lower "
-                "max_length so that longer ones are cut"
+                "max_length so that longer ones are cut (a trainer's packing_length is the row_length)"
             )
     starts, used = _first_fit(sizes, row_length)
     rows, length = len(used), max(1, *used)
@@ -184,6 +196,15 @@ def pad_pairs(
     laid["attention_mask"].view(-1)[torch.cat(places)] = 1
     laid["layout"] = Layout("padded", tuple(batch), None, None, nll_over, padding_value)
     return laid
+
+
+def sides(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The flattened places of each sequence's tokens, prompt included, chosen ones then rejected ones.
+
+    batch: as `pack_pairs` makes it.
+    """
+    layout: Layout = batch["layout"]
+    return batch["places"].split(layout.lengths)
 
 
 def tokens_a_step(rows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[Name, float]:
@@ -264,6 +285,6 @@ def _tensors(
         flat["targets"].append(ids[first:])
         flat["pair"].append(torch.full_like(kinds, index % len(pairs)))
         flat["kind"].append(kinds)
-    return {"input_ids": input_ids, "position_ids": position_ids} | {
+    return {"input_ids": input_ids, "position_ids": position_ids, "places": torch.cat(places)} | {
         name: torch.cat(parts) for name, parts in flat.items()
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -57,7 +57,7 @@ class ModelLogps:
         rows: Tensor | None = None,
         hidden_shape: torch.Size | None = None,
         ignore_index: int = -100,
-        mean_logits_over: Tensor | None = None,
+        mean_logits_over: Tensor | Sequence[Tensor] | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Any]:
         """Run the model and return (log-probabilities, outputs).
@@ -66,9 +66,9 @@ class ModelLogps:
         model: the wrapped model to call; by default the one attached.
         rows: int64, shaped like targets: the flattened hidden row that predicts each; targets may then have any
             shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`).
-        mean_logits_over: [B, T] bool: put each sequence's mean logit over these positions into
-            `outputs["mean_logits"]` [B]; no logits needed (left out for a soft-capped head, which has no such
-            form).
+        mean_logits_over: [B, T] bool, or S int64 tensors of flattened hidden rows, one a sequence: put each
+            sequence's mean logit over these positions into `outputs["mean_logits"]` [B] or [S]; no logits needed
+            (left out for a soft-capped head, which has no such form).
         inputs: the model's own arguments, without labels.
 
         Returns log-probabilities fp32 shaped like targets, 0 where not scored, on the device of the model's

@@ -14,6 +14,7 @@ broadcast against a bias or an adapter's output without an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class Request:
     hidden_shape: torch.Size
     transform: Transform
     plan: Plan | None
-    mean_logits_over: Tensor | None
+    mean_logits_over: Tensor | Sequence[Tensor] | None
     probe: bool = False
     calls: int = 0
     answered: bool = False
@@ -248,19 +249,36 @@ def _is_dtensor(tensor: Any) -> bool:
 
 
 def _mean_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, scale: float, over: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None,
+    scale: float,
+    over: Tensor | Sequence[Tensor],
 ) -> Tensor:
-    """Each sequence's mean logit over the positions `over` [B, T] and the vocabulary: [B] fp32, no gradient.
+    """Each of S sequences' mean logit over its positions `over` and the vocabulary: [S], no gradient.
 
-    The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b).
+    The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b). In fp32, or fp64 for fp64
+    hidden states.
     """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        weights = over.to(hidden.device, torch.float32)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        # A sequence at a time, so that no fp32 copy of all hidden states is made.
-        mean = torch.stack([w @ h.float() for w, h in zip(weights, hidden, strict=True)])
         columns = [weight] if adapter is None else [weight, adapter]
-        mean = mean @ torch.cat([part.mean(0, dtype=torch.float32) for part in columns])
+        mean = _mean_hidden(hidden, over, wide) @ torch.cat([part.mean(0, dtype=wide) for part in columns])
         if bias is not None:
-            mean = mean + bias.mean(dtype=torch.float32)
+            mean = mean + bias.mean(dtype=wide)
         return mean * scale
+
+
+def _mean_hidden(hidden: Tensor, over: Tensor | Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """[S, D]: the mean over a mask [S, T], or over each sequence's flattened positions; 0 where there are none.
+
+    A sequence at a time, so that no wide copy of all hidden states is made.
+    """
+    if isinstance(over, Tensor):
+        weights = over.to(hidden.device, wide)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        return torch.stack([w @ h.to(wide) for w, h in zip(weights, hidden, strict=True)])
+    flat = hidden.flatten(0, -2)
+    sums = [flat[places.to(flat.device)].sum(0, dtype=wide) for places in over]
+    return torch.stack([total / max(len(places), 1) for total, places in zip(sums, over, strict=True)])

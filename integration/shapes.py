@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SIDES = ("chosen", "rejected")
+# Where a row may hold an image: in columns of its own, or in the messages of these.
+IMAGE_COLUMNS = ("images", "image")
+MESSAGE_COLUMNS = ("prompt", "conversations", *SIDES)
 
-ACCEPTED_SHAPES = """accepted shapes (a message: {role, content} or {from, value}; other columns are ignored):
+ACCEPTED_SHAPES = """accepted shapes (text; a message: {role, content} or {from, value}; other columns are ignored):
   {prompt, chosen, rejected}         strings
   {prompt, chosen, rejected}         prompt: string or messages; chosen, rejected: string, message or messages
   {chosen, rejected}                 messages; the turns both start with are the prompt
@@ -36,14 +39,51 @@ def normalize_example(example: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: the row has none of the accepted shapes; the message names its keys, their types, and the
-            shapes.
+            shapes. Or it holds an image (`refuse_images`).
     """
+    refuse_images(example)
     try:
         prompt, chosen, rejected = _split(example)
     except _ShapeError as error:
         kinds = ", ".join(f"{key}: {_kind(value)}" for key, value in example.items())
         raise ValueError(f"{error}. The row has {{{kinds}}}; {ACCEPTED_SHAPES}") from None
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def refuse_images(example: Mapping[str, Any]) -> None:
+    """ValueError if the row holds an image: rows are trained on as text, which would leave it out.
+
+    That is a value in one of `IMAGE_COLUMNS` other than None and what is empty, or a message whose content is a list
+    with a part of another type than "text".
+    """
+    where = next((f"in its column {name!r}" for name in IMAGE_COLUMNS if _holds_something(example.get(name))), None)
+    remedy = "drop the column"
+    if where is None:
+        kinds = ((name, kind) for name in MESSAGE_COLUMNS for kind in _part_types(example.get(name)))
+        where = next((f"in {name!r}, a content part of type {kind!r}" for name, kind in kinds if kind != "text"), None)
+        remedy = "give every message's content as a string"
+    if where is not None:
+        raise ValueError(
+            f"the row has more than text {where}, and the trainers take text only: {remedy} to train without it, or, "
+            "for a model that reads images, pass its inputs through lm_head.attach in a loop of your own"
+        )
+
+
+def _holds_something(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_something, value))
+    if isinstance(value, Mapping):  # an image as {"bytes", "path"}
+        return any(map(_holds_something, value.values()))
+    return value is not None and not (isinstance(value, (str, bytes)) and not value)
+
+
+def _part_types(messages: Any) -> Iterator[Any]:
+    """The types of the parts of messages whose content is a list."""
+    turns = [messages] if isinstance(messages, Mapping) else messages
+    for turn in turns if isinstance(turns, (list, tuple)) else ():
+        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+        if isinstance(content, (list, tuple)):
+            yield from (part["type"] for part in content if isinstance(part, Mapping) and "type" in part)
 
 
 class _ShapeError(ValueError):

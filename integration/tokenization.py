@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .shapes import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, shared_length
+from .shapes import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, refuse_images, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,13 +63,14 @@ def tokenize_pair(
         `TOKENIZED_COLUMNS`: ids as lists of int, lengths and cuts as int.
 
     Raises:
-        ValueError: the row's shape, `max_length` < 2, or messages without a usable chat template.
+        ValueError: the row's shape, an image in it, `max_length` < 2, or messages without a usable chat template.
     """
     check_max_length(max_length)
     if not isinstance(example, Mapping):
         raise ValueError(f"the row is a {type(example).__name__}, not a dict; {ACCEPTED_SHAPES}")
     row: dict[str, Any] = {}
     if all(column in example for column in REQUIRED_COLUMNS):
+        refuse_images(example)
         for side in SIDES:
             row[f"{side}_input_ids"] = [int(token) for token in example[f"{side}_input_ids"]]
             row[f"{side}_prompt_length"] = int(example[f"{side}_prompt_length"])

@@ -10,8 +10,10 @@ counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs the
 
 Batches are padded rows by default. `packing=True` lays them out without padding and, unless `share_prefix=False`,
 with each prompt once (`layout`): fewer tokens, the same loss and gradients. Whether the model can have that is
-tried on the first batch (`layout_gate`); one that cannot gets padded rows, with a warning. `logits/chosen` and
-`logits/rejected` are left out of the metrics then.
+tried on the first batch (`layout_gate`); one that cannot gets padded rows, with a warning.
+
+`logits/chosen` and `logits/rejected` are means over the tokens of each sequence, its prompt included and padding not,
+so they are the same in every layout. A model that soft-caps its logits has none.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from orpo_kernels.presets import check_weight, get_preset
 from .collator import LayoutCollator, PreferenceCollator
 from .data import announce, prepare_dataset
 from .flat_pairs import flat_counts, flat_pair_rows
-from .layout import Layout, Name, NllOver, asked_for, tokens_a_step
+from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
@@ -110,12 +112,7 @@ class ORPOConfig(TrainingArguments):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
-        padded = self.layout == "padded"
-        if self.packing_length is not None and (self.packing_length < 1 or padded):
-            raise ValueError(
-                f"packing_length={self.packing_length}: use a positive int, and only with packing=True or "
-                "share_prefix=True"
-            )
+        asked_for(self.packing, self.share_prefix, self.packing_length)
         if self.beta is None:
             self.beta = get_preset(self.preset).beta
         check_weight("beta", self.beta)
@@ -136,7 +133,8 @@ class ORPOTrainer(Trainer):
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
     args: `ORPOConfig`.
     train_dataset, eval_dataset: rows of any shape that `data.tokenize_pair` takes, or already tokenised ones;
-        lists, datasets.Dataset, iterable ones; eval_dataset may be a dict of them.
+        lists, datasets.Dataset, iterable ones; eval_dataset may be a dict of them. Text only: a row with an image is
+        refused (`shapes.refuse_images`).
     processing_class: the tokenizer; by default the model's.
     data_collator: by default `PreferenceCollator` with the preset's NLL, or `LayoutCollator` with packing.
     peft_config: a PEFT configuration to wrap the model in.
@@ -303,13 +301,19 @@ class ORPOTrainer(Trainer):
         batch = self._gate.admit(inputs, model)
         layout: Layout = batch["layout"]
         logps, outputs = ours.logps(
-            batch["targets"], rows=batch["rows"], model=model, use_cache=False, **model_inputs(batch)
+            batch["targets"],
+            rows=batch["rows"],
+            model=model,
+            mean_logits_over=sides(batch),
+            use_cache=False,
+            **model_inputs(batch),
         )
         tokens = (logps, batch["pair"].to(logps.device), batch["kind"].to(logps.device))
         output = orpo_objective_flat(
             *tokens, num_pairs=layout.num_pairs, beta=self.args.beta, preset=self.preset, **normalizers
         )
-        return output, outputs, partial(flat_pair_rows, *tokens, layout.num_pairs, layout.longest, self.preset)
+        sizes = (layout.num_pairs, layout.longest)
+        return output, outputs, partial(flat_pair_rows, *tokens, *sizes, self.preset, outputs.get("mean_logits"))
 
     def _everywhere(self, verdict: bool) -> bool:
         """Whether all processes say so."""

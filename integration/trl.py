@@ -17,9 +17,12 @@ TRL 1.16 is wrong or stops there:
   for all.
 - Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream needs
   `max_steps`; each process reads all of it and takes its share.
+- Images. TRL leaves out what an `images` column holds, and lets the chat template print messages whose content is a
+  list. Here such rows are refused (`shapes.refuse_images`).
 - Packing. `packing=True` lays sequences out one after the other instead of padding them and, unless
   `share_prefix=False`, each pair's prompt once (`layout`): fewer tokens, the same loss. A model that cannot have
-  that gets padded rows, with a warning (`layout_gate`). `logits/chosen` and `logits/rejected` are left out then.
+  that gets padded rows, with a warning (`layout_gate`). `logits/chosen` and `logits/rejected` are means over each
+  sequence's own tokens, prompt included, then over sequences: there is no padding for them to count as TRL's do.
 - `logits/chosen` and `logits/rejected` of a model that soft-caps its logits: their mean has no form without
   them. Left out (ORPO) or NaN (CPO).
 
@@ -53,10 +56,11 @@ from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
 from .data import TOKENIZED_COLUMNS, DataSummary, announce, tokenize_pair, truncate_pair
-from .layout import asked_for, pack_pairs
+from .layout import asked_for, pack_pairs, sides
 from .layout_gate import LayoutGate, model_inputs, moved
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .shapes import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from .versions import require
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
@@ -87,10 +91,12 @@ class _HeadLogps(_TrlTrainer):
         plan: Plan | None = None,
         packing: bool = False,
         share_prefix: bool | str = "auto",
+        packing_length: int | None = None,
         **options: Any,
     ) -> None:
         self.plan = plan
-        self.layout = asked_for(packing, share_prefix)
+        self.layout = asked_for(packing, share_prefix, packing_length)
+        self.packing_length = packing_length
         self._logps: ModelLogps | None = None
         self._gate: LayoutGate | None = None
         self._eval_rows: list[Tensor] = []
@@ -146,7 +152,8 @@ class _HeadLogps(_TrlTrainer):
         """(logps [2B, T], targets [2B, T], nll_targets [B, T] or None, the model's outputs) of TRL's batch.
 
         prompt_nll: score the chosen sequences' prompts too, for an NLL over both (a decoder's only).
-        `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes.
+        `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes; without
+        padding, over each sequence's own.
         """
         inputs = self.concatenated_inputs(batch, self.is_encoder_decoder, padding_value, self.accelerator.device)
         ids, mask, labels = (inputs[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
@@ -167,15 +174,14 @@ class _HeadLogps(_TrlTrainer):
             self._gate = LayoutGate(self._logps, self._everywhere)
         if self.layout != "padded" and not self.is_encoder_decoder:
             arguments |= self._laid_out(model, ids, mask, padding_value)
-        if "segments" not in arguments:
-            arguments["mean_logits_over"] = mean_logits_over
+        arguments.setdefault("mean_logits_over", mean_logits_over)
         logps, outputs = self._logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
 
     def _laid_out(self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any) -> dict[str, Any]:
-        """What to call the model with, and `rows`, instead of the padded `ids` [2B, T]; {} if it cannot have that."""
+        """What to pass to `ModelLogps.logps` instead of the padded `ids` [2B, T]; {} if the model cannot have that."""
         assert self._gate is not None
         sequences = [row[kept == 1].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
         half = len(sequences) // 2
@@ -189,13 +195,16 @@ class _HeadLogps(_TrlTrainer):
             }
             for chosen, rejected in zip(sequences[:half], sequences[half:], strict=True)
         ]
-        batch = pack_pairs(pairs, self.layout == "shared", padding_value=padding_value or 0)
+        batch = pack_pairs(
+            pairs, self.layout == "shared", row_length=self.packing_length, padding_value=padding_value or 0
+        )
         batch = self._gate.admit(moved(batch, ids.device), model)
         if batch["layout"].name == "padded":
             return {}
         follows = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
         predicts = torch.cat([follows, torch.zeros_like(follows[:, :1])], 1)
-        return model_inputs(batch) | {"rows": torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])}
+        rows = torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])
+        return model_inputs(batch) | {"rows": rows, "mean_logits_over": sides(batch)}
 
     def _everywhere(self, verdict: bool) -> bool:
         """Whether all processes say so."""
@@ -207,8 +216,10 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
 
     plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
     packing, share_prefix: rows without padding, and each prompt once (see above).
+    packing_length: most tokens a packed row; a pair must fit into one. Default: one row a batch.
 
-    Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
+    Raises TypeError for a data set of a kind that it cannot take, ValueError for one with images and for layout
+    options that do not fit, and what `lm_head.attach` raises.
     """
 
     def get_batch_loss_metrics(
@@ -258,10 +269,12 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
 
     plan: `Plan`, the memory that the loss may use. By default it follows shapes and device.
     packing, share_prefix: rows without padding, and each prompt once (see above).
+    packing_length: most tokens a packed row; a pair must fit into one. Default: one row a batch.
 
     The objective and its metrics are TRL's own, evaluation included, on log-probabilities from the head.
 
-    Raises TypeError for a data set of a kind that it cannot take, and what `lm_head.attach` raises.
+    Raises TypeError for a data set of a kind that it cannot take, ValueError for one with images and for layout
+    options that do not fit, and what `lm_head.attach` raises.
     """
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -318,14 +331,34 @@ class _Stream(torch.utils.data.IterableDataset):
             self.dataset.set_epoch(epoch)
 
 
+def _without_images(name: str, dataset: Any) -> Any:
+    """The data set, its columns that may hold images looked through: a chat template would print what they hold."""
+    messages = (column for column in MESSAGE_COLUMNS if column in dataset.column_names)
+    columns = [column for column in messages if not isinstance(dataset.features[column], datasets.Value)]
+    columns += [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    for index, row in enumerate(dataset.select_columns(columns) if columns else ()):
+        try:
+            refuse_images(row)
+        except ValueError as error:
+            raise ValueError(f"{name}, row {index}: {error}") from None
+    return dataset
+
+
+def _checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    refuse_images(row)
+    return row
+
+
 def _mappable(name: str, dataset: Any) -> Any:
-    """The data set, or what can be mapped in its place."""
-    if dataset is None or isinstance(dataset, datasets.Dataset):
+    """The data set, or what can be mapped in its place; ValueError if it holds images."""
+    if dataset is None:
         return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return _without_images(name, dataset)
     if isinstance(dataset, Mapping):
         return _Sets({key: _mappable(f"{name}[{key!r}]", part) for key, part in dataset.items()})
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return _Stream(dataset)
+        return _Stream(dataset, (_checked,))
     raise TypeError(
         f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
         "list), a datasets.IterableDataset or, for evaluation, a dict of them"

@@ -254,6 +254,51 @@ def test_other_shapes_are_named(row, message):
     assert "{conversations, chosen, rejected}" in str(caught.value)
 
 
+TEXTS = {"prompt": "q", "chosen": "a", "rejected": "b"}
+WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (TEXTS | {"images": [object()]}, "more than text in its column 'images'.*: drop the column to train without"),
+        (TEXTS | {"image": "a.png"}, "in its column 'image'"),
+        (TEXTS | {"image": {"bytes": b"PNG", "path": None}}, "in its column 'image'"),
+        (TURNS | {"images": [None, torch.zeros(2, 2)]}, "in its column 'images'"),
+        (
+            TURNS | {"prompt": [WITH_IMAGE]},
+            "in 'prompt', a content part of type 'image'.*: give every message's content",
+        ),
+        (TURNS | {"prompt": WITH_IMAGE, "images": []}, "in 'prompt', a content part of type 'image'"),
+        (
+            {"chosen": [WITH_IMAGE, assistant("a")], "rejected": [WITH_IMAGE, assistant("b")]},
+            "in 'chosen', a content part of type 'image'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": [{"type": "video"}]}], "chosen": "a", "rejected": "b"},
+            "in 'conversations', a content part of type 'video'",
+        ),
+    ],
+)
+def test_images_are_refused(row, message):
+    for refused in (normalize_example, lambda row: tokenize_pair(row, TOKENIZER)):
+        with pytest.raises(ValueError, match=f"{message}.*lm_head.attach"):
+            refused(row)
+    with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+        prepare_dataset([TEXTS, row], TOKENIZER)
+    tokenized = {"images": row.get("images"), "image": row.get("image")} | tokenize_pair(TEXTS, TOKENIZER)
+    if "column" in message:
+        with pytest.raises(ValueError, match=message):
+            tokenize_pair(tokenized, TOKENIZER)
+
+
+@pytest.mark.parametrize("empty", [None, [], [None], "", {"bytes": None, "path": None}])
+def test_columns_without_images_are_taken(empty):
+    row = TEXTS | {"images": empty, "image": empty}
+    assert normalize_example(row) == TEXTS
+    assert tokenize_pair(row, TOKENIZER) == tokenize_pair(TEXTS, TOKENIZER)
+
+
 # ---- boundaries and special tokens ----
 
 

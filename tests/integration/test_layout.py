@@ -14,11 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_transformers import PAIRS as TEXTS
 from test_transformers import config, losses, model, tokenizer  # noqa: F401  (fixtures)
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from orpo_kernels.integration.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.flat_pairs import flat_counts, flat_pair_rows
 from orpo_kernels.integration.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
+from orpo_kernels.integration.layout import sides as sides_of
+from orpo_kernels.integration.layout_gate import LayoutGate, model_inputs
+from orpo_kernels.integration.lm_head import attach
 from orpo_kernels.integration.pair_table import pair_rows
+from orpo_kernels.integration.segment_attention import restore
 from orpo_kernels.integration.segments import Segment
 from orpo_kernels.integration.transformers import ORPOTrainer
 from orpo_kernels.loss import merge_targets, orpo_from_logps
@@ -52,6 +64,7 @@ def test_shared():
         "position_ids": [[0, 1, 2, 3, 2, 0, 1, 0, 1, 2]],
         # The prompt's last token, at place 1, predicts the first of both answers.
         "rows": [0, 1, 2, 5, 1, 7, 8],
+        "places": [0, 1, 2, 3, 5, 6, 0, 1, 4, 7, 8, 9],
         "targets": [6, 7, 8, 4, 9, 1, 1],
         "pair": [0, 0, 0, 1, 0, 1, 1],
         "kind": [PROMPT, CHOSEN, CHOSEN, CHOSEN, REJECTED, REJECTED, REJECTED],
@@ -67,6 +80,7 @@ def test_packed():
         "input_ids": [[5, 6, 7, 8, 5, 6, 9, 3, 4, 1, 1, 1]],
         "position_ids": [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1, 2]],
         "rows": [0, 1, 2, 7, 5, 9, 10],
+        "places": [0, 1, 2, 3, 7, 8, 4, 5, 6, 9, 10, 11],
         "targets": [6, 7, 8, 4, 9, 1, 1],
         "pair": [0, 0, 0, 1, 0, 1, 1],
         "kind": [PROMPT, CHOSEN, CHOSEN, CHOSEN, REJECTED, REJECTED, REJECTED],
@@ -150,6 +164,10 @@ def test_any_batch(rows: list[dict[str, Any]], name: Any, extra: int | None, ove
     )
     assert list(found) == expected
 
+    # The places of each sequence hold its tokens, in order.
+    whole = [rows[index][f"{side}_input_ids"] for index, side in sides]
+    assert [ids[places].tolist() for places in sides_of(batch)] == whole
+
     # The keys of each segment's last token spell a whole sequence, and all sequences are there.
     if name == "padded":
         spelled = [ids.view(len(sides), -1)[at][batch["attention_mask"][at] == 1].tolist() for at in range(len(sides))]
@@ -158,7 +176,6 @@ def test_any_batch(rows: list[dict[str, Any]], name: Any, extra: int | None, ove
         cuts = [] if plan is None else plan.cu_keys[1:-1].tolist()
         spelled = [] if plan is None else [part.tolist() for part in ids[plan.keys].tensor_split(cuts)]
         assert sum(len(segment) for segment in batch["layout"].segments.by_row) == len(spelled)
-    whole = [rows[index][f"{side}_input_ids"] for index, side in sides]
     for one in whole:
         # A sequence that the other side begins with is in that one.
         assert any(part[: len(one)] == one for part in spelled) or not one
@@ -226,6 +243,58 @@ def test_the_flat_objective_is_the_padded_one(preset: str, normalizers: dict[str
         torch.testing.assert_close(gradient, right_gradient, rtol=1e-13, atol=1e-16)
 
 
+def biased_and_scaled() -> GraniteForCausalLM:
+    made = GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=4.0))
+    made.lm_head = torch.nn.Linear(32, 22)
+    return made
+
+
+def soft_capped() -> Gemma2ForCausalLM:
+    return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0))
+
+
+TINY = {"vocab_size": 22, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 2}
+
+
+@pytest.mark.parametrize("row_length", [None, 12])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("build", [lambda: LlamaForCausalLM(LlamaConfig(**TINY)), biased_and_scaled, soft_capped])
+def test_mean_logits_are_those_of_separate_rows(build: Any, name: Any, row_length: int | None):
+    torch.manual_seed(0)
+    made = build().double()
+    ours = attach(made)
+    gate = LayoutGate(ours)
+    batch = gate.admit(LayoutCollator(PAD, name, row_length=row_length)(ROWS))
+    assert batch["layout"].name == name, gate.reasons
+    _, outputs = ours.logps(
+        batch["targets"],
+        rows=batch["rows"],
+        mean_logits_over=sides_of(batch),
+        use_cache=False,
+        **model_inputs(batch),
+    )
+    if build is soft_capped:
+        assert "mean_logits" not in outputs
+        return
+    sequences = [one[f"{side}_input_ids"] for side in ("chosen", "rejected") for one in ROWS]
+    assert not outputs["mean_logits"].requires_grad
+    restore(made, "sdpa")  # the eager attention takes its softmax in fp32
+    with torch.no_grad():
+        expected = torch.stack([made(torch.tensor([ids])).logits.mean() for ids in sequences])
+    torch.testing.assert_close(outputs["mean_logits"], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_mean_logit_of_no_tokens_is_zero():
+    ours = attach(LlamaForCausalLM(LlamaConfig(**TINY)))
+    batch = pad_pairs([row([4, 5], 1, [], 0)])
+    _, outputs = ours.logps(
+        batch["targets"], rows=batch["rows"], mean_logits_over=sides_of(batch), **model_inputs(batch)
+    )
+    chosen, rejected = outputs["mean_logits"].tolist()
+    assert chosen != 0 == rejected
+
+
 def test_collator_arguments():
     for options, message in (
         ({"name": "dense"}, "name='dense': use 'shared', 'packed' or 'padded'"),
@@ -272,7 +341,8 @@ def test_thirty_steps_are_the_same_in_each_layout(tmp_path, tokenizer, model):  
         assert others == pytest.approx(right, rel=2e-5)
         for ours, theirs in ((other_evaluation, evaluation), (other_logged, logged)):
             common = {key for key in ours if key in theirs and not key.endswith(("runtime", "time", "grad_norm"))}
-            assert {key for key in theirs if "logps/" in key or "rewards/" in key or "nll_loss" in key} <= common
+            names = ("logits/", "logps/", "rewards/", "nll_loss")
+            assert {key for key in theirs if any(name in key for name in names)} <= common
             assert {key: ours[key] for key in common} == pytest.approx(
                 {key: theirs[key] for key in common}, rel=1e-4, abs=1e-6
             )

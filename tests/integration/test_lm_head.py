@@ -753,6 +753,24 @@ def test_evaluation_and_mean_logits_in_a_compiled_model():
     assert counter.frame_count <= 3
 
 
+def test_mean_logits_of_rows_in_a_compiled_model():
+    model = Shallow()
+    ours = attach(model)
+    call, counter = compiled(model, "aot_eager")
+    with torch.no_grad():
+        for length in (7, 11, 13, 17):
+            random = torch.Generator().manual_seed(length)
+            ids = torch.randint(VOCAB, (1, length), generator=random)
+            rows = torch.arange(length - 1)
+            over = (torch.arange(length - 2), torch.arange(3, length))  # both in the middle
+            logits = model(ids).logits[0]
+            logps, outputs = ours.logps(ids[0, 1:], model=call, rows=rows, mean_logits_over=over, input_ids=ids)
+            assert relative_error(logps, logps_of_logits(logits[:-1], ids[0, 1:])) < 1e-5
+            means = torch.stack([logits[places].mean() for places in over])
+            assert relative_error(outputs["mean_logits"], means) < 1e-4
+    assert counter.frame_count <= 3
+
+
 def test_too_few_hidden_states_in_a_compiled_model():
     model = Shallow()
     ours = attach(model)

@@ -274,3 +274,15 @@ def test_bad_arguments_are_refused_at_once(tmp_path, options, message):
 def test_arguments_of_another_trainer_are_refused(tmp_path, model):
     with pytest.raises(TypeError, match="ORPOConfig"):
         ORPOTrainer(model, {"beta": 0.1}, train_dataset=PAIRS)
+
+
+@pytest.mark.shows("Trainers", "transformers `ORPOTrainer`, images", "the error names where they are", "refused")
+def test_images(tmp_path, tokenizer, model):
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    for rows, message in (
+        ([PAIRS[0], PAIRS[1] | {"images": ["sky.png"]}], "row 1: .* in its column 'images'"),
+        ([{"prompt": turns, **answers}], "row 0: .* in 'prompt', a content part of type 'image'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ORPOTrainer(model, config(tmp_path), train_dataset=rows, processing_class=tokenizer)

@@ -19,6 +19,7 @@ import trl.experimental.cpo as trl_cpo
 import trl.experimental.orpo as trl_orpo
 from compatibility import measured
 from peft import LoraConfig
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -120,7 +121,7 @@ class FirstGradients(TrainerCallback):
 
 def make(trainer: type, model: nn.Module, folder: Any, **options: Any) -> Any:
     """A trainer of two pairs a batch and five steps, in fp32 on the CPU, unless the options say otherwise."""
-    names = set(inspect.signature(trl_orpo.ORPOTrainer).parameters) | {"plan", "packing", "share_prefix"}
+    names = {*inspect.signature(trl_orpo.ORPOTrainer).parameters, "plan", "packing", "share_prefix", "packing_length"}
     arguments = {name: options.pop(name) for name in names & set(options)}
     defaults = {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
     defaults |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "max_length": 128}
@@ -262,6 +263,61 @@ def test_rows_without_padding(name, build, options, admitted, share_prefix, tmp_
     for parameter, grad in expected_grads.items():
         measured(gradients=relative_error(grads[parameter], grad))
         assert relative_error(grads[parameter], grad) < 1e-4, parameter
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("name", ["ORPOTrainer", "CPOTrainer"])
+def test_mean_logits_without_padding(name, share_prefix, tmp_path):
+    """Each sequence's own tokens count, whatever they are padded with elsewhere."""
+    options = {"packing": True, "share_prefix": share_prefix}
+    trainer = make(getattr(ours, name), llama().double(), tmp_path, **options)
+    rows = list(trainer.train_dataset)[:3]
+    _, metrics = trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator(rows))
+    assert trainer._gate.name == ("shared" if share_prefix else "packed")
+    reference = llama().double()
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            means = [reference(torch.tensor([row[f"{side}_input_ids"]])).logits.mean() for row in rows]
+        assert float(metrics[f"logits/{side}"]) == pytest.approx(float(torch.stack(means).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_packing_length(share_prefix, tmp_path):
+    """Rows of at most so many tokens, and TRL's losses."""
+    shapes = []
+    runs = []
+    for module in (ours, trl_orpo):
+        model = llama()
+        options = {"packing": True, "share_prefix": share_prefix, "packing_length": 18} if module is ours else {}
+        trainer = make(module.ORPOTrainer, model, tmp_path, max_steps=3, **options)
+        if module is ours:
+            model.model.embed_tokens.register_forward_hook(lambda layer, args, out: shapes.append(tuple(out.shape)))
+        trainer.train()
+        runs.append(steps(trainer))
+    for found, expected in zip(*runs, strict=True):
+        assert_same(found, expected, ("logits/chosen", "logits/rejected"))
+    steps_of_ours = shapes[-3:]  # after the trial and the probe
+    assert all(height > 1 and width <= 18 for height, width, _ in steps_of_ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing_length": 64}, "packing_length=64: use a positive int, and only with packing=True"),
+        ({"packing_length": 0, "packing": True}, "packing_length=0: use a positive int"),
+        ({"packing": True, "share_prefix": "never"}, "share_prefix='never': use 'auto', True or False"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ORPOTrainer", "CPOTrainer"])
+def test_bad_layouts(name, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(getattr(ours, name), llama(), tmp_path, **options)
+
+
+def test_a_pair_that_is_longer_than_a_row(tmp_path):
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, packing=True, packing_length=8)
+    with pytest.raises(ValueError, match=r"the pair \d has \d+ tokens and row_length=8: raise .* packing_length"):
+        trainer.train()
 
 
 def test_the_router_loss_counts(tmp_path):
@@ -504,6 +560,52 @@ def test_empty_completions(tmp_path):
 def test_data_sets_of_another_kind(dataset, message, tmp_path):
     with pytest.raises(TypeError, match=message):
         make(ours.ORPOTrainer, llama(), tmp_path, **dataset)
+
+
+PRINTS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+TURNS = {"chosen": [{"role": "assistant", "content": "46"}], "rejected": [{"role": "assistant", "content": "$46"}]}
+PART = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+
+
+@pytest.mark.shows("Trainers", "TRL, images", "the error names where they are", "refused")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([PAIRS[0] | {"images": None}, PAIRS[1] | {"images": [Image.new("RGB", (2, 2))]}], "in its column 'images'"),
+        ([PAIRS[0] | {"image": ""}, PAIRS[1] | {"image": "a.png"}], "in its column 'image'"),
+        # This chat template prints a list of parts as Python does.
+        (
+            [TURNS | {"prompt": [{"role": "user", "content": [part]}]} for part in (PART[1], PART[0])],
+            "in 'prompt', a content part of type 'image'",
+        ),
+    ],
+    ids=["images", "image", "content"],
+)
+def test_images_are_refused(rows, message, stream, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = PRINTS
+    dataset = datasets.Dataset.from_list(rows)
+    if stream:
+        trainer = make(
+            ours.ORPOTrainer,
+            llama(),
+            tmp_path,
+            train_dataset=dataset.to_iterable_dataset(),
+            processing_class=tokenizer,
+        )
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        return
+    for name, given in (("train_dataset", dataset), ("eval_dataset", {"a": dataset})):
+        where = name if given is dataset else r"eval_dataset\['a'\]"
+        with pytest.raises(ValueError, match=f"{where}, row 1: .*{message}"):
+            make(ours.ORPOTrainer, llama(), tmp_path, **{name: given}, processing_class=tokenizer)
+
+
+def test_columns_without_images_are_taken(tmp_path):
+    rows = [pair | {"images": [], "image": None} for pair in PAIRS]
+    assert len(tokenized(ours.ORPOTrainer, rows, tmp_path)) == len(PAIRS)
 
 
 # ---- rows ----
