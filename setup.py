@@ -34,6 +34,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "matplotlib>=3.8",
+            "psutil; platform_system != 'Linux'",
             "tqdm",
         ],
         "test": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from orpo_kernels.__main__ import main
-from orpo_kernels.bench import exact, lengths, report, runner
+from orpo_kernels.bench import exact, lengths, meter, report, runner
 from orpo_kernels.bench.child import MODES, measure
 from orpo_kernels.bench.peers import PEERS
 from orpo_kernels.bench.problem import IGNORED, Problem, make_inputs
@@ -38,6 +39,19 @@ def problem_of(narrow: bool) -> Problem:
 def specification(peer: str, mode: str, file: Path | None, narrow: bool = False) -> dict[str, Any]:
     problem = problem_of(narrow).as_dict()
     return {"problem": problem, "peer": peer, "mode": mode, "repeats": 1, "exact": file and str(file)}
+
+
+@pytest.mark.parametrize("linux", [True, False])
+def test_memory_is_that_of_the_peak(linux: bool, monkeypatch: pytest.MonkeyPatch):
+    """By the system's own mark, or sampled where there is none."""
+    monkeypatch.setattr(meter, "_LINUX", linux and meter._LINUX)
+    size = 256 << 20
+    peak = meter.watch_memory(torch.device("cpu"))
+    held = torch.ones(size // 4)
+    time.sleep(0.1)
+    del held
+    assert 0.95 * size < peak() < 1.2 * size
+    assert meter.watch_memory(torch.device("cpu"))() < 0.05 * size
 
 
 @pytest.mark.parametrize("mode", MODES)

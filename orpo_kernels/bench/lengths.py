@@ -32,16 +32,23 @@ def from_file(path: Path, pairs: int, seed: int = 0) -> Lengths:
 
     Raises ValueError for a file that cannot be read, or holds too few rows.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(row) for row in text.splitlines()]
-    except OSError as error:
-        raise ValueError(f"lengths={str(path)!r}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"lengths={str(path)!r} is not valid JSON: {error}") from error
+    rows = read_rows(path, f"lengths={str(path)!r}")
     if len(rows) < pairs:
         raise ValueError(f"lengths={str(path)!r} holds {len(rows)} rows, fewer than {pairs} pairs")
     return tuple(_of_row(row) for row in random.Random(seed).sample(rows, pairs))
+
+
+def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
+    """The rows of a .json (an array) or .jsonl file. Raises ValueError that starts with `option` if it has none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{option}: {error.strerror}") from error
+    except ValueError as error:  # of the encoding too
+        raise ValueError(f"{option} is not valid JSON: {error}") from error
 
 
 def _of_row(row: dict[str, Any]) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,26 @@ from orpo_kernels.bench import lengths, report, runner
 from orpo_kernels.bench.child import MODES
 from orpo_kernels.bench.peers import PEERS
 from orpo_kernels.bench.problem import Problem
+from orpo_kernels.commands import bench_layouts
+from orpo_kernels.commands.bench_progress import with_progress
 from orpo_kernels.estimate import MODELS, head_of_model
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# Filled in later, so that --layouts can tell what was given.
+_DEFAULTS: dict[str, Any] = {
+    "pairs": 2,
+    "dtype": "float32",
+    "ignored": 0.25,
+    "lengths": "fixed",
+    "seed": 0,
+    "peers": list(PEERS),
+    "modes": list(MODES),
+    "rounds": 5,
+    "repeats": 2,
+    "minutes": 4.0,
+    "timeout": 600.0,
+    "sweep": [],
+}
 _RESULT_KEYS = {"machine", "problem", "versions", "settings", "results", "full_rounds"}
 
 
@@ -34,36 +52,36 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     sizes.add_argument(
         "--model", metavar="NAME", help=f"sizes of a real head: {', '.join(MODELS)}, or a model's folder"
     )
-    sizes.add_argument("--pairs", type=int, metavar="B", default=2, help="default: %(default)s")
+    sizes.add_argument("--pairs", type=int, metavar="B", help=f"default: {_DEFAULTS['pairs']}")
     sizes.add_argument("--length", type=int, metavar="T", help="most tokens a row (default: 384; 1024 with --model)")
     sizes.add_argument("--tokens", type=int, help="shorten the rows so that the batch has at most this many")
     sizes.add_argument("--hidden-size", type=int, metavar="D", help="default: 768")
     sizes.add_argument("--vocab-size", type=int, metavar="V", help="default: 32768")
     sizes.add_argument("--softcap", type=float, help="soft-cap of the logits")
-    sizes.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
-    sizes.add_argument("--ignored", type=float, default=0.25, help="share not scored (default: %(default)s)")
+    sizes.add_argument("--dtype", choices=_DTYPES, help=f"default: {_DEFAULTS['dtype']}")
+    sizes.add_argument("--ignored", type=float, help=f"share not scored (default: {_DEFAULTS['ignored']})")
     sizes.add_argument(
         "--lengths",
-        default="fixed",
         metavar="fixed|lognormal|FILE",
         help="fixed: full rows. lognormal: uneven ones, as fitted to real pairs. A .json or .jsonl file of "
-        "preference pairs: theirs (default: %(default)s)",
+        f"preference pairs: theirs (default: {_DEFAULTS['lengths']})",
     )
-    sizes.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sizes.add_argument("--seed", type=int, help=f"default: {_DEFAULTS['seed']}")
     how = parser.add_argument_group("measuring")
-    how.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", default=list(PEERS), help="default: all")
-    how.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    how.add_argument("--rounds", type=int, default=5, help="at most (default: %(default)s)")
-    how.add_argument("--repeats", type=int, default=2, help="in each process (default: %(default)s)")
+    how.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help="default: all")
+    how.add_argument("--modes", nargs="+", choices=MODES, help="default: all")
+    how.add_argument("--rounds", type=int, help=f"at most (default: {_DEFAULTS['rounds']})")
+    how.add_argument("--repeats", type=int, help=f"in each process (default: {_DEFAULTS['repeats']})")
     how.add_argument(
-        "--minutes", type=float, default=4.0, help="after the first round, none begins that would not fit (default: 4)"
+        "--minutes",
+        type=float,
+        help=f"after the first round, none begins that would not fit (default: {_DEFAULTS['minutes']:g})",
     )
-    how.add_argument("--timeout", type=float, default=600.0, help="seconds a process may take (default: 600)")
-    how.add_argument(
-        "--sweep", nargs="+", type=int, metavar="T", default=[], help="more lengths, for memory against length"
-    )
+    how.add_argument("--timeout", type=float, help=f"seconds a process may take (default: {_DEFAULTS['timeout']:g})")
+    how.add_argument("--sweep", nargs="+", type=int, metavar="T", help="more lengths, for memory against length")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    bench_layouts.add_arguments(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("bench_output"), help="default: %(default)s")
     parser.add_argument(
         "--compare",
@@ -76,7 +94,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.layouts is not None:
+        return bench_layouts.run(args)
     try:
+        bench_layouts.refuse(args, bench_layouts.OPTIONS, "applies to --layouts only")
+        for name, value in _DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         if args.compare:
             print(report.compare(*map(read, args.compare)))
             return 0
@@ -89,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"orpo-kernels bench: --output-dir {args.output_dir}: {error.strerror}", file=sys.stderr)
         return 2
     try:
-        result = _with_progress(problem, settings)
+        result = with_progress(
+            settings.measurements(), partial(runner.run, problem, settings, ["orpo-kernels", *sys.argv[1:]])
+        )
     except RuntimeError as error:  # the judge's
         print(f"orpo-kernels bench: {error}", file=sys.stderr)
         return 1
@@ -124,22 +150,6 @@ def _plots(result: dict[str, Any], folder: Path) -> list[Path]:
     from orpo_kernels.bench import plots
 
     return plots.write(result, folder)
-
-
-def _with_progress(problem: Problem, settings: runner.Settings) -> dict[str, Any]:
-    if find_spec("tqdm") is None:
-        return runner.run(problem, settings, sys.argv, lambda what: print(what, file=sys.stderr) if what else None)
-    from tqdm import tqdm
-
-    with tqdm(total=settings.measurements(), unit="run", file=sys.stderr) as bar:
-
-        def progress(what: str | None) -> None:
-            if what is None:
-                bar.update()
-            else:
-                bar.set_postfix_str(what)
-
-        return runner.run(problem, settings, sys.argv, progress)
 
 
 def _problem(args: argparse.Namespace) -> Problem:

@@ -1,9 +1,8 @@
 """Peak memory of head and loss, forward and backward, by full logits and without them.
 
-Each way runs in a process of its own, so that neither finds memory that the other has left behind. On a GPU
-the peak is the allocator's; elsewhere a thread reads the process's resident set every millisecond. Only growth
-counts: the hidden states, the head's weight and the libraries are in memory, and small products have been
-done, before the reading starts. Both peaks include the gradient of the hidden states.
+Each way runs in a process of its own, so that neither finds memory that the other has left behind. Only growth
+counts (`bench.meter`): the hidden states, the head's weight and the libraries are in memory, and small products
+have been done, before the watch starts. Both peaks include the gradient of the hidden states.
 """
 
 from __future__ import annotations
@@ -11,21 +10,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orpo_kernels.bench.meter import watch_memory
 from orpo_kernels.commands.compare import full_logits_loss
 from orpo_kernels.integration.transform import Transform
 from orpo_kernels.loss import orpo_loss
 
 WAYS = ("full_logits", "orpo_kernels")
-_INTERVAL_S = 1e-3
 
 
 def measure(
@@ -50,15 +47,12 @@ def measure(
         path = Path(folder) / "case.pt"
         torch.save(case, path)
         peaks = {f"{way}_bytes": _in_own_process(way, path) for way in WAYS}
-    what = (
-        "the allocator's peak (torch.cuda.max_memory_allocated)"
-        if hidden.device.type == "cuda"
-        else f"the resident set, read every {_INTERVAL_S * 1e3:g} ms"
-    )
+    memory = "memory allocated on the GPU" if hidden.device.type == "cuda" else "the resident set"
+    method = f"growth of {memory} to its peak, in a fresh process for each way; with the gradient of the hidden states"
     return {
         **peaks,
         "one_logits_tensor_bytes": 4 * hidden[..., 0].numel() * head.out_features,
-        "method": f"growth of {what}, in a fresh process for each way; includes the gradient of the hidden states",
+        "method": method,
     }
 
 
@@ -70,8 +64,8 @@ def _in_own_process(way: str, path: Path) -> int:
     return int(done.stdout)
 
 
-def peak_growth(way: str, case: dict[str, Any]) -> int:
-    """Bytes by which this process's memory grew at most while `way` computed loss and gradient."""
+def peak_growth(way: str, case: dict[str, Any]) -> int | None:
+    """Bytes by which this process's memory grew at most while `way` computed loss and gradient; None if unknown."""
     device = torch.device(case["device"])
     batch = {name: tensor.to(device) for name, tensor in case["batch"].items()}
     hidden, weight = case["hidden"].to(device), case["weight"].to(device)
@@ -86,9 +80,9 @@ def peak_growth(way: str, case: dict[str, Any]) -> int:
     _loss(way, few_hidden, few_weight, few_bias, transform, small, beta).backward()
 
     hidden.requires_grad_()
-    with _Peak(device) as peak:
-        _loss(way, hidden, weight, bias, transform, batch, beta).backward()
-    return peak.growth
+    peak = watch_memory(device)
+    _loss(way, hidden, weight, bias, transform, batch, beta).backward()
+    return peak()
 
 
 def _loss(
@@ -116,39 +110,6 @@ def _loss(
         softcap=transform.softcap,
         preset="trl",
     ).loss
-
-
-class _Peak:
-    """Memory growth over a `with` block: `growth` in bytes, at its highest."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.growth = 0
-        self._process = psutil.Process()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> _Peak:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
-        else:
-            self._start = self._process.memory_info().rss
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.growth = torch.cuda.max_memory_allocated(self.device) - self._start
-        else:
-            self._stop.set()
-            self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(_INTERVAL_S):
-            self.growth = max(self.growth, self._process.memory_info().rss - self._start)
 
 
 if __name__ == "__main__":

