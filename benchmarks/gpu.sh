@@ -60,11 +60,13 @@ if [ -n "$dry" ]; then
   bench=(--pairs 1 --length 16 --hidden-size 32 --vocab-size 300 --modes frozen --rounds 1 --repeats 1 --sweep 8)
   rate=(--tokens 32 --hidden-size 32 --vocab-size 300 --dtype float32 --repeats 1)
   steps=(--steps 1 --rounds 1 --batch-size 1 --max-length 128)
+  rehearse=(TRITON_INTERPRET=1)
   limits=(900 300 60 600 600)
 else
   bench=(--model llama-3-8b --dtype bfloat16 --modes frozen trained --rounds 1 --repeats 5 --sweep 256 512 2048)
   rate=(--tokens 8192 --hidden-size 4096 --vocab-size 151936 --dtype bfloat16)
   steps=(--steps 4 --rounds 1)
+  rehearse=()
   limits=(200 80 60 170 80)
 fi
 workers=()
@@ -72,7 +74,9 @@ workers=()
 
 # shellcheck disable=SC2086  # a selection may be several words
 step tests "${limits[0]}" "$PYTHON" -m pytest -p no:cacheprovider "${workers[@]}" ${PYTEST_SELECTION:-tests}
-step tune "${limits[1]}" "$PYTHON" benchmarks/tune.py --minutes 1 --output "$work/tune.json"
+# What it keeps goes into a folder of its own: the figures below are those of the default shapes.
+step tune "${limits[1]}" env ORPO_KERNELS_CACHE="$work/tuned" "${rehearse[@]}" \
+  "$PYTHON" -m orpo_kernels tune --minutes 1 --output "$work/tune.json"
 step head_rate "${limits[2]}" "$PYTHON" benchmarks/head_rate.py "${rate[@]}" --output "$work/head_rate.json"
 step bench "${limits[3]}" "$PYTHON" -m orpo_kernels bench "${bench[@]}" --output-dir "$work/bench"
 step training_step "${limits[4]}" "$PYTHON" benchmarks/training_step.py "${steps[@]}" --output "$work/training_step.json"

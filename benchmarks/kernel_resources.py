@@ -8,11 +8,12 @@ alignment and options are those of a real call, and what is read off the machine
 
     registers a thread (of 255; AMD: vector registers of 512); stack and spills, of which there should be none
     shared memory, and how much of it the target has
-    tensor-core instructions, without which bf16 crawls
-    the widest load and store from global memory, in bits
+    tensor-core instructions, without which bf16 crawls: on each target its own (_PRODUCTS), as older ones run too
+    widths, in bits, of a load of operands and of a store to global memory
 
-Exit status 1 if a kernel spills, needs more shared memory than there is, or multiplies bf16 without tensor
-cores.
+Exit status 1 if a kernel spills, needs more shared memory than there is, multiplies bf16 by other instructions than
+its target's, or moves bf16 operands or tiles in pieces below what the target allows: 128 bits, though 64 for AMD's
+stores, whose compiler writes the 4 numbers that an accumulator holds in a row rather than exchange them first.
 Covered are the tiles that the launcher picks for a large head, a small one and few tokens, in bf16 and fp32;
 `--brief` takes only the large head, with a bias, in bf16; `--sweep` every shape in `configs.candidates`.
 """
@@ -62,6 +63,9 @@ EPILOGUES = {
     GRADIENT.value: "gradient",
     MAXIMA.value: "maxima",
 }
+# The matrix instruction of a target's own generation.
+_PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx942": "v_mfma"}
+_LOAD_BITS, _STORE_BITS = 128, {"cuda": 128, "hip": 64}
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -76,14 +80,19 @@ class Work(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel uses. stack, shared: bytes; widest: bits of a load and of a store."""
+    """What a compiled kernel uses. stack, shared: bytes.
+
+    load: bits of the narrowest load that goes to shared memory, as operands do; of the widest where none does.
+    store: bits of the widest store.
+    """
 
     registers: int
     stack: int
     spills: int
     shared: int
     products: list[str]
-    widest: tuple[int, int]
+    load: int
+    store: int
 
 
 class Compiled(NamedTuple):
@@ -97,11 +106,17 @@ class Compiled(NamedTuple):
     @property
     def faults(self) -> list[str]:
         """What makes this kernel unfit for its target."""
-        on_tensor_cores = self.kernel.startswith(("tile", "slow")) and self.work.dtype == torch.bfloat16
+        target, usage, bf16 = self.work.target, self.usage, self.work.dtype == torch.bfloat16
+        multiplies = self.kernel.startswith(("tile", "slow"))
+        reads_rows = multiplies or self.kernel in ("target", "u")
+        stores_rows = self.kernel in ("tile exponentials", "tile gradient", "slow exponentials", "u")
+        product = _PRODUCTS[target.arch]
         found = {
-            "spills": self.usage.spills or self.usage.stack,
-            "shared memory": self.usage.shared > self.work.target.shared_memory,
-            "no tensor cores": on_tensor_cores and not self.usage.products,
+            "spills": usage.spills or usage.stack,
+            "shared memory": usage.shared > target.shared_memory,
+            f"no {product}": bf16 and multiplies and product not in usage.products,
+            "narrow loads": bf16 and reads_rows and usage.load < _LOAD_BITS,
+            "narrow stores": bf16 and stores_rows and usage.store < _STORE_BITS[target.backend],
         }
         return [fault for fault, is_so in found.items() if is_so]
 
@@ -148,7 +163,8 @@ def compile_kernels(work: Work) -> list[Compiled]:
     tokens = Tokens(meta(n, d, dtype=work.dtype), rows, meta(n, dtype=torch.int64))
     weight = meta(v, d, dtype=work.dtype)
     head = Head(weight, bias, 1.0 if plain else 0.5, 30.0 if capped else None, work.dtype)
-    schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0)
+    u_slices = 1 if work.problem == PROBLEMS[0] else 4
+    schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0, u_slices)
     numbers = meta(n, dtype=torch.float32)
 
     launched: dict[tuple[str, str], Any] = {}
@@ -183,7 +199,8 @@ def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _tile(launch: dict[str, Any]) -> str:
     shape = "x".join(str(launch[size]) for size in ("BC", "BV", "BD") if size in launch)
-    return f"{shape} {launch.get('num_warps', 4)}w" + (f" {launch['num_stages']}s" if "num_stages" in launch else "")
+    stages = f" {launch['num_stages']}s" if "num_stages" in launch else ""
+    return f"{shape} {launch.get('num_warps', 4)}w{stages}" + (" tma" if launch.get("DESCRIBED_W") else "")
 
 
 def _nvidia_usage(kernel: Any) -> Usage:
@@ -198,7 +215,9 @@ def _nvidia_usage(kernel: Any) -> Usage:
         len(re.findall(r"\b(?:STL|LDL)\b", code)),
         kernel.metadata.shared,
         re.findall(r"\b(HGMMA|HMMA|UTCHMMA|OMMA|QMMA)\b", code),
-        (_widest(r"\b(?:LDG|LDGSTS)[\w.]*", code), _widest(r"\bSTG[\w.]*", code)),
+        min(_widths(r"\b(?:LDGSTS|UTMALDG)\.[\w.]*", code), default=0)
+        or max(_widths(r"\bLDG\.[\w.]*", code), default=0),
+        max(_widths(r"\bSTG\.[\w.]*", code), default=0),
     )
 
 
@@ -210,18 +229,22 @@ def _amd_usage(kernel: Any) -> Usage:
         int(_first(r"\.vgpr_spill_count:\s+(\d+)", code)),
         kernel.metadata.shared,
         re.findall(r"\b(v_mfma)_", code),
-        (_widest(r"\b(?:buffer|global)_load_\w+", code), _widest(r"\b(?:buffer|global)_store_\w+", code)),
+        max(_widths(r"\b(?:buffer|global)_load_\w+", code), default=0),
+        max(_widths(r"\b(?:buffer|global)_store_\w+", code), default=0),
     )
 
 
-def _widest(instruction: str, code: str) -> int:
-    """Bits of the widest access among instructions such as LDG.E.128 or buffer_load_dwordx4."""
-    widths = [0]
+def _widths(instruction: str, code: str) -> list[int]:
+    """Bits of each access among instructions such as LDG.E.128 or buffer_load_dwordx4."""
+    widths = []
     for found in re.findall(instruction, code):
         amd = re.search(r"dword(?:x(\d))?", found)
         nvidia = re.search(r"\.(64|128|256)\b", found)
-        widths.append(32 * int(amd[1] or 1) if amd else int(nvidia[1]) if nvidia else 32)
-    return max(widths)
+        if found.startswith("UTMALDG"):
+            widths.append(128)  # By the tensor memory unit, in its own pieces.
+        else:
+            widths.append(32 * int(amd[1] or 1) if amd else int(nvidia[1]) if nvidia else 32)
+    return widths
 
 
 def _first(pattern: str, text: str) -> str:
@@ -242,9 +265,9 @@ def line(compiled: Compiled) -> str:
     products = f"{len(usage.products)} {usage.products[0]}" if usage.products else "-"
     shared = f"{usage.shared / configs.KIB:.0f}/{work.target.shared_memory // configs.KIB}"
     return (
-        f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<18}"
+        f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<22}"
         f"{compiled.kernel:<18} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
-        f"{products:>12} {usage.widest[0]:>5} {usage.widest[1]:>5}  {', '.join(compiled.faults)}"
+        f"{products:>12} {usage.load:>5} {usage.store:>5}  {', '.join(compiled.faults)}"
     )
 
 
@@ -260,7 +283,7 @@ def main() -> int:
 
     work = [w for name in args.targets for w in works(TARGETS[name], args.extent)]
     print(
-        f"{'target':>7} {'operands':<11} {'tile':<18}{'kernel':<18} {'regs':>4} {'stack':>5} "
+        f"{'target':>7} {'operands':<11} {'tile':<22}{'kernel':<18} {'regs':>4} {'stack':>5} "
         f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5}  faults"
     )
     seen: set[str] = set()

@@ -10,7 +10,7 @@ from importlib import import_module
 from orpo_kernels import __version__
 
 # Modules of orpo_kernels.commands, in the order that --help lists them.
-COMMANDS = ("check", "demo", "train", "bench", "estimate")
+COMMANDS = ("check", "demo", "train", "bench", "estimate", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

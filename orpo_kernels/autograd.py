@@ -177,8 +177,8 @@ class LinearLogps(torch.autograd.Function):
             saved.sure_not,
             saved.lse if trains_head else None,
             saved.u,
-            kept.values if kept is not None else None,
             kept.reference if kept is not None else None,
+            *(kept.values if kept is not None else ()),
         )
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         ctx.kept_columns = kept.columns if kept is not None else 0
@@ -196,7 +196,11 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
-        order, unique, starts, counts, sure_not, lse, u, kept, reference = rest
+        order, unique, starts, counts, sure_not, lse, u, reference, *values = rest
+        del rest
+        if values:
+            # Where the graph is not to be used again, the kept values go part by part as they are used.
+            ctx.maybe_clear_saved_tensors()
         needs: Needs = ctx.needs
         coefficient = grad.to(sure_not.dtype) * sure_not
         d_hidden = d_weight = d_bias = d_adapter = None
@@ -206,7 +210,7 @@ class LinearLogps(torch.autograd.Function):
                 ctx.hidden_shape, ctx.hidden_dtype, coefficient, u, rows, groups, ctx.options.plan
             )
         if needs.head:
-            saved = Saved(sure_not, lse, u, None if kept is None else Kept(kept, reference, ctx.kept_columns))
+            saved = Saved(sure_not, lse, u, Kept(values, reference, ctx.kept_columns) if values else None)
             tokens = Tokens(hidden, rows, targets)
             d_weight, d_bias, d_adapter = head_gradient(
                 tokens, weight, bias, coefficient, saved, ctx.options, needs, adapter

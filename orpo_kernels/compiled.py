@@ -62,7 +62,7 @@ def _forward(
         saved.sure_not,
         saved.lse,
         none() if saved.u is None else saved.u,
-        none() if kept is None else kept.values.contiguous(),  # rows of whole tiles, under Triton
+        none() if kept is None else _side_by_side(kept.values),
         none() if kept is None else kept.reference,
         0 if kept is None else kept.columns,
     )
@@ -101,7 +101,7 @@ def _backward(
     if wants.hidden:
         d_hidden = hidden_gradient(hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan)
     if wants.head:
-        saved = Saved(sure_not, lse, None, Kept(kept, reference, columns) if columns else None)
+        saved = Saved(sure_not, lse, None, Kept([kept], reference, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
         d_weight, d_bias, d_adapter = head_gradient(tokens, weight, bias, coefficient, saved, options, wants, adapter)
     grads = (d_hidden, d_weight, d_bias, d_adapter)
@@ -224,6 +224,19 @@ def compiled_linear_logps(
         adapter,
     )[0]
     return logps.view(targets.shape)
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """One contiguous tensor; the parts, rows of whole tiles under Triton, go one by one."""
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    whole = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        whole[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    return whole
 
 
 def _options(

@@ -19,9 +19,12 @@ A unit is 2*N*D*V floating-point operations, one pass of the big product:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+
+from orpo_kernels import traffic
 
 MIB = 1 << 20
 
@@ -39,6 +42,12 @@ _CPU_LIBRARY = 4 * MIB
 _ROW_BYTES = 128
 # Fewer rows than this make a product that waits for the weight to arrive from memory.
 _MIN_CHUNK = 64
+# A GPU's library makes [C, D] products in tiles of about this size, one a multiprocessor at a time.
+_PRODUCT_TILE = (128, 256)
+_MULTIPROCESSORS = 132  # Of a GPU that is not there to be asked.
+# A slice of the product's inner dimension is longer than this: about what a card multiplies in the time that the
+# slice's sums take to be written and read, 8 bytes each, at 250 operations a byte.
+_LEAST_SLICE = 1000
 
 
 class ScratchTooSmall(ValueError):
@@ -56,6 +65,9 @@ class Schedule:
     saved_bytes: bytes held between forward and backward, the inputs themselves aside. Where every token is scored
         it is less, by up to 24 bytes a token; rows that repeat add up to 40.
     units_forward, units_backward: floating-point operations in units of 2*N*D*V.
+    u_slices: parts of the vocabulary that the kernels' product for u is cut into, so that it fills the card.
+    path: "torch", or "triton" where tiles span the vocabulary.
+    moved_forward, moved_backward: bytes between the device's memory and its caches, about; see `traffic`.
     """
 
     forward_chunk: int
@@ -67,12 +79,17 @@ class Schedule:
     saved_bytes: int
     units_forward: float
     units_backward: float
+    u_slices: int = 1
+    path: str = "torch"
+    moved_forward: int = 0
+    moved_backward: int = 0
 
     def __str__(self) -> str:
         return (
-            f"forward {self.forward_chunk} tokens x {self.forward_block} entries, "
+            f"{self.path} path: forward {self.forward_chunk} tokens x {self.forward_block} entries, "
             f"backward {self.backward_chunk} x {self.backward_block}; "
             f"{self.units_forward:.2f} + {self.units_backward:.2f} units; "
+            f"moves {self.moved_forward / MIB:,.0f} + {self.moved_backward / MIB:,.0f} MiB; "
             f"scratch {self.scratch_bytes / MIB:.1f} MiB, saved {self.saved_bytes / MIB:.1f} MiB"
             + (f", logit gradients of {self.keep_rows} tokens kept" if self.keep_rows else "")
         )
@@ -105,6 +122,22 @@ class Plan:
             raise ValueError(
                 f"Plan.keep_logit_grads={self.keep_logit_grads} must be True, False or a number of bytes >= 0"
             )
+
+    def __str__(self) -> str:
+        if self.scratch_bytes is None:
+            scratch = f"{_CPU_SCRATCH / MIB:.0f} MiB on a CPU, {_GPU_SCRATCH / MIB:.0f} MiB elsewhere"
+        else:
+            scratch = f"{self.scratch_bytes / MIB:.1f} MiB"
+        if self.keep_logit_grads is True:
+            backward = "1 unit, logit gradients kept"
+        elif self.keep_logit_grads:
+            backward = f"1 to 2 units, logit gradients kept as far as {self.keep_logit_grads / MIB:.1f} MiB go"
+        else:
+            backward = "2 units, logits recomputed"
+        return (
+            f"scratch {scratch}; forward 2 units; backward none with a frozen head, else {backward}. "
+            "Plan.schedule(N, D, V, dtype, device) tells more of a call."
+        )
 
     def budget(self, device: torch.device | str) -> int:
         """The bytes of scratch a call on `device` may use."""
@@ -163,6 +196,18 @@ class Plan:
         block, least_block = (v, v) if full_rows else (min(block_goal, v), 1)
         forward = _fit(for_tiles, row, tile, column_forward, chunk_goal, block, least_block)
         backward = _fit(for_tiles, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
+        u_slices, row_forward = 1, row
+        if forward is not None and full_rows and train_hidden:
+            # Slices have sums [C, D] each, as has what is left of the vocabulary. All of them together get the room
+            # that the chunk leaves, or a fifth of it.
+            whole = row + v * tile
+            room = max(whole // 4, (for_tiles - v * column_forward) // forward[0] - whole)
+            wanted = _slices(forward[0], hidden_size, v, _multiprocessors(device))
+            slices = min(wanted, room // (hidden_size * wide) - 1)
+            sliced_row = row + (slices + 1) * hidden_size * wide
+            sliced = _fit(for_tiles, sliced_row, tile, column_forward, chunk_goal, block, least_block)
+            if slices > 1 and sliced is not None:
+                u_slices, row_forward, forward = slices, sliced_row, sliced
         if forward is None or (train_weight and backward is None):
             least = (
                 numbers
@@ -193,7 +238,7 @@ class Plan:
             saved += tokens * (wide + 8)  # logsumexp, target
             saved += keep_rows * (v * item + (-(-v // forward[1])) * wide)
         used = numbers + max(
-            _bytes(forward, row, tile, column_forward),
+            _bytes(forward, row_forward, tile, column_forward),
             _bytes(backward, row, tile, column_backward) if train_weight else 0,
         )
         return Schedule(
@@ -204,7 +249,35 @@ class Plan:
             saved,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
+            u_slices,
+            "triton" if full_rows else "torch",
+            *traffic.moved(
+                tokens,
+                hidden_size,
+                v,
+                item,
+                chunks=(forward[0], backward[0]),
+                backward_block=backward[1],
+                keep_rows=keep_rows,
+                train_hidden=train_hidden,
+                train_weight=train_weight,
+                cpu=cpu,
+                full_rows=full_rows,
+            ),
         )
+
+
+def _slices(chunk: int, hidden_size: int, vocab_size: int, multiprocessors: int) -> int:
+    """Parts of the vocabulary that E [C, V] times W [V, D] takes to give every multiprocessor a tile."""
+    tiles = -(-chunk // _PRODUCT_TILE[0]) * -(-hidden_size // _PRODUCT_TILE[1])
+    return max(1, min(multiprocessors // tiles, vocab_size // _LEAST_SLICE))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _MULTIPROCESSORS
 
 
 def _bytes(shape: tuple[int, int], row: int, tile: int, column: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import IGNORED, evaluate, make_case
+from reference import IGNORED, evaluate, make_case, normal_like
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -305,15 +305,16 @@ def test_fake_tensors_tell_the_truth(torch_backend: None) -> None:
 
 
 def test_a_buffer_that_is_held_too_long_is_seen(monkeypatch: pytest.MonkeyPatch, fake: None) -> None:
-    """The watch works: with each widened block of the weight held until the next chunk, the budget breaks."""
+    """The watch works: with a copy of each widened block of the weight held until the next chunk, the budget breaks."""
     held: list[Tensor] = []
     real = torch_path._Products.weight_rows
 
     def weight_rows(self: Any, columns: slice) -> Tensor:
         if columns.start == 0:
             held.clear()
-        held.append(real(self, columns))
-        return held[-1]
+        rows = real(self, columns)
+        held.append(rows.clone())
+        return rows
 
     shapes = Shapes(400, 256, 2000, torch.bfloat16, plan=Plan(scratch_bytes=2 * MIB))
     assert_within_budget(shapes)
@@ -422,3 +423,46 @@ def test_peak_on_a_gpu(dtype: torch.dtype, train: tuple[str, ...]) -> None:
     gradients = sum(getattr(case, name).nbytes for name in train)
     numbers = 16 * 4 * n
     assert peak() <= plan.budget("cuda") + schedule.saved_bytes + leaves + gradients + numbers
+
+
+# ------------------------------------------------------------------------------ kept
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_kept_values_go_as_the_gradient_comes(retain_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part, unless the graph is kept; parts change no number."""
+    monkeypatch.setattr(torch_path, "_PART", 1)  # a part for every block
+    case = make_case((200,), 24, 3000, torch.float32, torch.device("cpu"))
+    case.weight.requires_grad_()
+    upstream = normal_like(case.targets).float()
+    parts: list[StorageWeakRef] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.shape[-1:] == (1024,):
+            parts.append(StorageWeakRef(x.untyped_storage()))
+        return x
+
+    alive: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            alive.append(sum(not part.expired() for part in parts))
+            return func(*args, **(kwargs or {}))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logps = linear_logps(case.hidden, case.weight, case.targets, plan=Plan(keep_logit_grads=True))
+    assert len(parts) == 2  # and a narrower third
+    with Count():
+        logps.backward(upstream, retain_graph=retain_graph)
+    assert alive[0] == 2
+    assert alive[-1] == (2 if retain_graph else 0)
+    first = case.weight.grad.clone()
+    if retain_graph:
+        case.weight.grad = None
+        logps.backward(upstream)
+        assert torch.equal(case.weight.grad, first)
+    monkeypatch.undo()
+    case.weight.grad = None
+    whole = linear_logps(case.hidden, case.weight, case.targets, plan=Plan(keep_logit_grads=True))
+    whole.backward(upstream)
+    assert torch.equal(case.weight.grad, first)

@@ -79,12 +79,60 @@ def test_saved_bytes() -> None:
 
 
 def test_str_tells_what_it_costs() -> None:
-    schedule = Schedule(512, 1024, 1000, 2048, 0, 32 * MIB, 3 * MIB // 2, 2.0, 2.0)
+    schedule = Schedule(
+        512, 1024, 1000, 2048, 0, 32 * MIB, 3 * MIB // 2, 2.0, 2.0, moved_forward=1500 * MIB, moved_backward=7 * MIB
+    )
     assert str(schedule) == (
-        "forward 512 tokens x 1024 entries, backward 1000 x 2048; 2.00 + 2.00 units; scratch 32.0 MiB, saved 1.5 MiB"
+        "torch path: forward 512 tokens x 1024 entries, backward 1000 x 2048; 2.00 + 2.00 units; "
+        "moves 1,500 + 7 MiB; scratch 32.0 MiB, saved 1.5 MiB"
     )
     kept = dataclasses.replace(schedule, keep_rows=250, units_backward=1.75)
-    assert str(kept).endswith("2.00 + 1.75 units; scratch 32.0 MiB, saved 1.5 MiB, logit gradients of 250 tokens kept")
+    assert "; 2.00 + 1.75 units; " in str(kept)
+    assert str(kept).endswith("; scratch 32.0 MiB, saved 1.5 MiB, logit gradients of 250 tokens kept")
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(), ("32 MiB on a CPU, 384 MiB elsewhere", "2 units, logits recomputed")),
+        (Plan(scratch_bytes=MIB // 2), ("scratch 0.5 MiB",)),
+        (Plan(keep_logit_grads=True), ("else 1 unit, logit gradients kept.",)),
+        (Plan(keep_logit_grads=3 * MIB), ("1 to 2 units", "as far as 3.0 MiB go")),
+    ],
+    ids=["default", "budget", "kept", "some kept"],
+)
+def test_str_of_a_plan_explains_it(plan: Plan, words: tuple[str, ...]) -> None:
+    for word in words:
+        assert word in str(plan)
+
+
+def test_bytes_moved() -> None:
+    """By hand, for products that each read their operands from memory once."""
+    n, d, v = 2000, 64, 5000
+
+    def moved(
+        plan: Plan | None = None, device: str = "cuda", full_rows: bool = True, **trains: bool
+    ) -> tuple[int, int]:
+        schedule = (plan or Plan()).schedule(n, d, v, torch.bfloat16, device, full_rows=full_rows, **trains)
+        assert schedule.path == ("triton" if full_rows else "torch")
+        assert (schedule.forward_chunk, schedule.forward_block) == (n, v) or device == "cpu"
+        return schedule.moved_forward, schedule.moved_backward
+
+    hidden, weight, tile = 2 * n * d, 2 * v * d, 2 * n * v
+    assert moved(train_hidden=False) == (hidden + weight, 0)
+    # Frozen: u is written, and the weight and the tile cross twice; the backward reads u and writes its multiple.
+    assert moved() == (2 * hidden + 2 * weight + 2 * tile, 2 * hidden)
+    forward, backward = moved(train_weight=True)
+    assert forward == moved()[0]
+    # Recomputed: logits from hidden and weight, the tile out and in, hidden again, and the gradient.
+    assert backward == 2 * hidden + (hidden + weight) + 2 * tile + hidden + weight
+    kept = moved(Plan(keep_logit_grads=True), train_weight=True)
+    assert kept == (forward + tile, backward - hidden - weight + tile)
+    # Plain torch passes fp32 logits around; a CPU keeps them in its cache, and the weight's block.
+    assert moved(full_rows=False)[0] == 2 * hidden + 2 * weight + (3 * 4 + 2 * 2) * n * v
+    chunks = -(-n // Plan().schedule(n, d, v, torch.bfloat16, "cpu").forward_chunk)
+    assert chunks > 1
+    assert moved(device="cpu", full_rows=False)[0] == 2 * hidden + chunks * weight
 
 
 def test_default_budgets_and_an_explicit_one() -> None:

@@ -9,7 +9,9 @@ Products of fp32 operands run outside the tensor cores on NVIDIA cards unless TF
 registers, and take smaller tiles.
 
 These follow from what the kernels compile to (`benchmarks/kernel_resources.py`), not from timings. A shape is
-offered only where its buffers fit the card.
+offered only where its buffers fit the card. Loads by descriptor (TMA; compute capabilities 9.0 to 11.0, as Triton
+3.6 spills with them for 12.0) are offered beside those by pointer for `orpo-kernels tune` to choose, and are nobody's
+default: no card has timed them yet.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class TileConfig(NamedTuple):
     """Shape and launch options of a tile: BC tokens, BV entries, BD hidden entries a step.
 
     group: blocks of tokens that go through a block of the vocabulary together.
+    descriptors: operands are loaded by the card's tensor memory unit (TMA), where strides and alignment allow.
     """
 
     block_c: int
@@ -48,6 +51,7 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     group: int = 16
+    descriptors: bool = False
 
     def shared_memory(self, item: int) -> int:
         """Bytes of shared memory: the operand buffers, or the tile itself on its way to wide stores."""
@@ -91,7 +95,7 @@ def default(
     largest_v = 128 if heavy_epilogue or hidden_size <= _SMALL_D else 256
     fitting = candidates(target, dtype)
     suited = (c for c in fitting if c.block_c <= largest_c and c.block_v <= largest_v)
-    return next(suited, fitting[-1])
+    return next(suited, fitting[-1])._replace(descriptors=False)
 
 
 def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
@@ -118,4 +122,6 @@ def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:
             TileConfig(64, 128, 64, 4, 4),
             TileConfig(64, 128, 64, 4, 3),
         ]
+        if isinstance(target.arch, int) and 90 <= target.arch < 120:
+            shapes = [s._replace(descriptors=descriptors) for s in shapes for descriptors in (False, True)]
     return [s for s in shapes if s.shared_memory(dtype.itemsize) <= target.shared_memory]

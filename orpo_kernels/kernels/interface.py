@@ -65,15 +65,27 @@ class Head(NamedTuple):
 class Kept(NamedTuple):
     """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
 
-    values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0.
-        The kernels' values are that times a constant of theirs.
+    values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0, cut into parts [K, P] of whole
+        groups. The kernels' values are that times a constant of theirs.
     reference: [K, G] accumulation dtype: column g is the reference of the g-th group of `columns` entries.
     columns: the width of a group.
     """
 
-    values: Tensor
+    values: list[Tensor]
     reference: Tensor
     columns: int
+
+    def at(self, tokens: slice, columns: slice) -> Tensor:
+        """The values of some tokens and of entries that lie in one part."""
+        width = self.values[0].shape[1]
+        part, start = divmod(columns.start, width)
+        return self.values[part][tokens, start : start + columns.stop - columns.start]
+
+    def let_go(self, columns: slice) -> None:
+        """Drops the part that ends with these entries: they were the last to be read."""
+        width = self.values[0].shape[1]
+        if columns.stop % width == 0 and len(self.values) > 1:
+            self.values[columns.start // width] = self.values[0].new_empty(0, width)
 
 
 class Forward(NamedTuple):

@@ -3,7 +3,7 @@
     target_kernel    z_y = f(h . W[y] + b[y]) in fp32, its slope, and the first `base`
     sum_kernel       S, and from it  gap = base - z_y + log(S 2^60)  and  L = z_y + gap
     maximum_kernel   `base` of the rows that the slow lane takes
-    u_kernel         u = f'_y W[y] - (E W) / S, rounded once
+    u_kernel         u = f'_y W[y] - (E W) / S, rounded once; E W is the sum of P slices' products, in order
 
 `base` is z_y, and `base - z_y` exactly 0, for every row but those of the slow lane.
 """
@@ -131,16 +131,17 @@ def maximum_kernel(
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["p_targets", "p_slope_y"])
 def u_kernel(
-    p_product,  # [C, D] fp32: E W
+    p_product,  # [P, C, D] fp32: E W of P slices of the vocabulary
     p_weight,
     p_targets,
     p_slope_y,
     p_sum,
-    p_u,  # [C, D]; may be p_product
+    p_u,  # [C, D]; may be p_product where P = 1
     stride_wv,
     stride_wd,
     C,
     D,
+    P,
     factor,
     BC: tl.constexpr,
     BD: tl.constexpr,
@@ -155,6 +156,10 @@ def u_kernel(
     p_w = p_weight + y[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
     w = tl.load(p_w, mask=m, other=0.0).to(tl.float32)
     o = o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+    product = tl.zeros((BC, BD), dtype=tl.float32)
+    for _ in range(P):
+        product += tl.load(p_product + o, mask=m, other=0.0)
+        p_product += tl.cast(C, tl.int64) * D
     # Without competitors there is nothing to divide.
-    product = tl.load(p_product + o, mask=m, other=0.0) * tl.where(S == 0.0, 0.0, factor / S)[:, None]
+    product *= tl.where(S == 0.0, 0.0, factor / S)[:, None]
     tl.store(p_u + o, rounded(slope_y[:, None] * w - product, p_u.dtype.element_ty), mask=m)

@@ -66,7 +66,8 @@ def slow_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    i_c = tl.program_id(0)
+    o_c = i_c * BC + tl.arange(0, BC)
     S = tl.load(p_first_sum + o_c, mask=o_c < C, other=1.0)
     m_slow = is_abnormal(S, V) & (o_c < C)
     if tl.max(m_slow.to(tl.int32), 0) == 0:
@@ -76,8 +77,8 @@ def slow_kernel(
     for i_v in range(tl.program_id(1), tl.cdiv(V, BV), SLICES):
         o_v = i_v * BV + tl.arange(0, BV)
         r = bent_tile(
-            p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, o_c, o_v, C, V, D,
-            logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION,
+            p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
+            logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION, False, False,
         )  # fmt: skip
         p_out = p_partial + tl.cast(i_v, tl.int64) * C
         if EPILOGUE == MAXIMA:

@@ -104,8 +104,8 @@ def bent_tile(
     stride_hd,
     stride_wv,
     stride_wd,
-    o_c,
-    o_v,
+    i_c,
+    i_v,
     C,
     V,
     D,
@@ -116,29 +116,46 @@ def bent_tile(
     BD: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED_H: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
 ):
-    """`bent` logits [BC, BV] of tokens `o_c` and entries `o_v`; past the end they repeat the last."""
-    rows = hidden_rows(p_rows, o_c, C)
-    columns = tl.minimum(o_v, V - 1)
+    """`bent` logits [BC, BV] of the i_c-th block of tokens and the i_v-th of the vocabulary.
+
+    DESCRIBED_H, DESCRIBED_W: whether `p_hidden` and `p_weight` are descriptors, of [BC, BD] and [BV, BD] blocks. What
+    is past the end is zero in those; otherwise it repeats the last token or entry.
+    """
+    o_c = i_c * BC + tl.arange(0, BC)
+    columns = tl.minimum(i_v * BV + tl.arange(0, BV), V - 1)
     o_d = tl.arange(0, BD).to(tl.int64)
-    p_h = p_hidden + rows[:, None] * stride_hr + o_d[None, :] * stride_hd  # [BC, BD]
-    p_w = p_weight + columns.to(tl.int64)[None, :] * stride_wv + o_d[:, None] * stride_wd  # [BD, BV]
+    if not DESCRIBED_H:
+        rows = hidden_rows(p_rows, o_c, C)
+        p_h = p_hidden + rows[:, None] * stride_hr + o_d[None, :] * stride_hd  # [BC, BD]
+    if not DESCRIBED_W:
+        p_w = p_weight + columns.to(tl.int64)[None, :] * stride_wv + o_d[:, None] * stride_wd  # [BD, BV]
     x = tl.zeros((BC, BV), dtype=tl.float32)
     for d in range(0, D, BD):
-        if EVEN_D:
+        m_d = d + tl.arange(0, BD) < D
+        if DESCRIBED_H:
+            h = p_hidden.load([i_c * BC, d])
+        elif EVEN_D:
             h = tl.load(p_h)
+        else:
+            h = tl.load(p_h, mask=m_d[None, :], other=0.0)
+        if DESCRIBED_W:
+            w = tl.trans(p_weight.load([i_v * BV, d]))
+        elif EVEN_D:
             w = tl.load(p_w)
         else:
-            m_d = d + tl.arange(0, BD) < D
-            h = tl.load(p_h, mask=m_d[None, :], other=0.0)
             w = tl.load(p_w, mask=m_d[:, None], other=0.0)
         if INTERPRETED:
             # Its dot takes bf16 for integers.
             h = h.to(tl.float32)
             w = w.to(tl.float32)
         x = tl.dot(h, w, x, input_precision=PRECISION)
-        p_h += tl.cast(BD, tl.int64) * stride_hd
-        p_w += tl.cast(BD, tl.int64) * stride_wd
+        if not DESCRIBED_H:
+            p_h += tl.cast(BD, tl.int64) * stride_hd
+        if not DESCRIBED_W:
+            p_w += tl.cast(BD, tl.int64) * stride_wd
     if p_bias is not None:
         x += tl.load(p_bias + columns).to(tl.float32)[None, :]
     return bent(x, logit_scale, softcap)
@@ -191,9 +208,9 @@ def tile_of(program, n_c, n_v, GROUP: tl.constexpr):
     do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_reference", "p_coefficient"],
 )
 def tile_kernel(
-    p_hidden,  # rows of any strides
+    p_hidden,  # rows of any strides, or a descriptor
     p_rows,  # [C] int64, or None
-    p_weight,  # [V, D]
+    p_weight,  # [V, D], or a descriptor
     p_bias,  # [V], or None
     p_targets,  # [C] int64
     p_reference,  # [C] fp32: `base`; for GRADIENT, L
@@ -218,6 +235,8 @@ def tile_kernel(
     GROUP: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIBED_H: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
 ):
     n_c, n_v = tl.cdiv(C, BC), tl.cdiv(V, BV)
     i_c, i_v = tile_of(tl.program_id(0), n_c, n_v, GROUP)
@@ -225,8 +244,8 @@ def tile_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_c = o_c < C
     r = bent_tile(
-        p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, o_c, o_v, C, V, D,
-        logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION,
+        p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
+        logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION, DESCRIBED_H, DESCRIBED_W,
     )  # fmt: skip
     y = (tl.load(p_targets + o_c, mask=m_c, other=0) - v_start).to(tl.int32)
     # Rows past the end repeat the last token: a reference of inf makes all they add zero.

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
-from orpo_kernels.plan import Schedule
+from orpo_kernels.plan import MIB, Schedule
 
 # e^8 = 2981 fits fp16 and costs no accuracy; a larger slack would only help inputs no model produces.
 _SLACK = 8.0
+# The GNU allocator takes what exceeds 32 MiB from the system and gives it back at once; smaller pieces it may hold.
+_PART = 33 * MIB
 
 
 def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
@@ -45,7 +47,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
     kept = None
     if schedule.keep_rows:
         kept = Kept(
-            torch.empty(schedule.keep_rows, v, dtype=head.compute_dtype, device=device),
+            _parts(schedule.keep_rows, v, block, head.compute_dtype, device),
             torch.empty(schedule.keep_rows, -(-v // block), dtype=wide, device=device),
             block,
         )
@@ -68,7 +70,9 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
 
         for group, columns in enumerate(_chunks(v, block)):
             w = math.weight_rows(columns)
-            z, slope = math.logits(h, w, columns, tile, want_slope=want_u or keep)
+            # Where kept values are as wide as logits, the tile is made in their place.
+            own = kept.at(chunk, columns) if keep and kept is not None and head.compute_dtype == wide else None
+            z, slope = math.logits(h, w, columns, tile if own is None else own, want_slope=want_u or keep)
             at, inside = _target_columns(y, columns)
             z_at = z.gather(1, at)
             z_y = torch.where(inside, z_at.squeeze(1), z_y)
@@ -83,7 +87,8 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             if slope is not None:
                 e.mul_(slope)
             if keep and kept is not None:
-                kept.values[chunk, columns] = e
+                if own is None:
+                    kept.at(chunk, columns).copy_(e)
                 kept.reference[chunk, group] = _finite(moved)
             if total is not None:
                 # On a GPU asking whether anything moved would wait for the device.
@@ -127,11 +132,13 @@ def weight_gradient(
 
     coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
     times 1 - p(target).
+    kept: its values are let go as they are used, so that their memory can serve the gradient.
     """
     n, v = tokens.targets.numel(), head.weight.shape[0]
     wide, device = head.accumulation_dtype, head.weight.device
     math = _Products(head, device)
-    d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
+    # Not filled at once: its memory is needed block by block, as that of the kept values goes.
+    d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.zeros_like(head.bias) if want_bias and head.bias is not None else None
     d_adapter = torch.zeros_like(head.adapter) if want_adapter and head.adapter is not None else None
     # The columns of the inner dimension that train: an adapter on a frozen weight costs a product r wide.
@@ -143,7 +150,7 @@ def weight_gradient(
     if math.operand_dtype == torch.float16:
         largest = coefficient.abs().amax().clamp_min(torch.finfo(wide).tiny) if n else None
         coefficient = coefficient if largest is None else coefficient / largest
-    keep_rows = kept.values.shape[0] if kept is not None else 0
+    keep_rows = kept.reference.shape[0] if kept is not None else 0
     if head.softcap is None:
         coefficient = coefficient * head.logit_scale
     # One group of kept columns shares a reference, so blocks must not straddle groups.
@@ -155,24 +162,34 @@ def weight_gradient(
         parts = _chunks(keep_rows, max(1, chunk_size // 4))
         slope_y = torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
 
+    total_buffer = None
+    if not in_place and (d_weight is not None or d_adapter is not None):
+        total_buffer = torch.empty(min(block, v), trained.stop - trained.start, dtype=wide, device=device)
+
+    chunks = list(_chunks(n, chunk_size, keep_rows))
+    # Rows that serve every block are gathered once.
+    whole = math.hidden_rows(tokens, chunks[0]) if len(chunks) == 1 else None
+
     for columns in _blocks(v, block, kept.columns if kept is not None else v):
-        w = math.weight_rows(columns)
-        total = None
+        width = columns.stop - columns.start
+        w = total = None
         if in_place and d_weight is not None:
-            total = d_weight[columns]
-        elif d_weight is not None or d_adapter is not None:
-            total = torch.zeros(w.shape[0], trained.stop - trained.start, dtype=wide, device=device)
-        total_bias = torch.zeros(w.shape[0], dtype=wide, device=device) if d_bias is not None else None
-        for chunk in _chunks(n, chunk_size, keep_rows):
-            h = math.hidden_rows(tokens, chunk)
+            total = d_weight[columns].zero_()
+        elif total_buffer is not None:
+            total = total_buffer[:width].zero_()
+        total_bias = torch.zeros(width, dtype=wide, device=device) if d_bias is not None else None
+        for chunk in chunks:
+            h = math.hidden_rows(tokens, chunk) if whole is None else whole
             y, c_s = tokens.targets[chunk], coefficient[chunk]
             at, inside = _target_columns(y, columns)
             if kept is not None and chunk.start < keep_rows:
                 group = columns.start // kept.columns
-                q = math.tile(tile, y.numel(), w.shape[0]).copy_(kept.values[chunk, columns])
+                q = math.tile(tile, y.numel(), width).copy_(kept.at(chunk, columns))
                 q.mul_(torch.exp(kept.reference[chunk, group] - _finite(lse[chunk]))[:, None])
                 slope_at = torch.ones_like(c_s) if slope_y is None else slope_y[chunk]
             else:
+                if w is None:
+                    w = math.weight_rows(columns)
                 q, slope = math.logits(h, w, columns, tile, want_slope=True)
                 q.sub_(_finite(lse[chunk])[:, None]).exp_()
                 if slope is None:
@@ -201,6 +218,8 @@ def weight_gradient(
                 d_adapter[columns] = total[:, size - trained.start :]
         if d_bias is not None and total_bias is not None:
             d_bias[columns] = total_bias
+        if kept is not None:
+            kept.let_go(columns)
         del w, total
     return (d_weight, d_bias) if head.adapter is None else (d_weight, d_bias, d_adapter)
 
@@ -214,6 +233,7 @@ class _Products:
         mixed = head.compute_dtype != self.wide
         self.mixed_product = mixed and _has_mixed_product(device, head.compute_dtype)
         self.operand_dtype = head.compute_dtype if self.mixed_product else self.wide
+        self._rows: Tensor | None = None
 
     def _operand(self, x: Tensor) -> Tensor:
         return x.to(self.head.compute_dtype).to(self.operand_dtype)
@@ -224,10 +244,19 @@ class _Products:
         return self._operand(tokens.hidden.index_select(0, tokens.rows[chunk]))
 
     def weight_rows(self, columns: slice) -> Tensor:
-        w = self._operand(self.head.weight[columns])
-        if self.head.adapter is None:
-            return w
-        return torch.cat([w, self._operand(self.head.adapter[columns])], 1)
+        """[Vb, D + r], in the memory of the last call's where operands are widened or joined."""
+        parts = [part[columns] for part in (self.head.weight, self.head.adapter) if part is not None]
+        if len(parts) == 1 and parts[0].dtype == self.head.compute_dtype == self.operand_dtype:
+            return parts[0]
+        shape = (columns.stop - columns.start, self.head.inner_size)
+        if self._rows is None or len(self._rows) < shape[0]:
+            self._rows = None  # never two at once
+            self._rows = self.head.weight.new_empty(shape, dtype=self.operand_dtype)
+        out, start = self._rows[: shape[0]], 0
+        for part in parts:
+            out[:, start : start + part.shape[1]] = part.to(self.head.compute_dtype)
+            start += part.shape[1]
+        return out
 
     def target_rows(self, y: Tensor) -> Tensor:
         """The targets' rows of the weight [C, D + r], rounded to the compute dtype, wide."""
@@ -245,10 +274,16 @@ class _Products:
         size = rows * columns
         return (buffer[:size] if size <= buffer.numel() else buffer.new_empty(size)).view(rows, columns)
 
+    def _place(self, buffer: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        return buffer if buffer.dim() == 2 else self.tile(buffer, h.shape[0], w.shape[0])
+
     def logits(
         self, h: Tensor, w: Tensor, columns: slice, buffer: Tensor, *, want_slope: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """z [C, Vb], and its slope f' [C, Vb] where a soft-cap makes that vary (else it is logit_scale)."""
+        """z [C, Vb], and its slope f' [C, Vb] where a soft-cap makes that vary (else it is logit_scale).
+
+        buffer: memory for z, [C, Vb] or flat; not used where the product makes its own.
+        """
         head = self.head
         bias = None
         if head.bias is not None:
@@ -261,10 +296,10 @@ class _Products:
                 z.mul_(head.logit_scale)
         elif bias is None:
             # alpha rides along with the product; beta=0 never reads the buffer.
-            out = self.tile(buffer, h.shape[0], w.shape[0])
+            out = self._place(buffer, h, w)
             z = torch.addmm(out, h, w.t(), beta=0, alpha=head.logit_scale, out=out)
         else:
-            out = self.tile(buffer, h.shape[0], w.shape[0])
+            out = self._place(buffer, h, w)
             z = torch.addmm(bias, h, w.t(), beta=head.logit_scale, alpha=head.logit_scale, out=out)
         if head.softcap is None:
             return z, None
@@ -302,6 +337,12 @@ def _has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
     except (RuntimeError, NotImplementedError):
         return False
+
+
+def _parts(rows: int, v: int, block: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Memory for [rows, v] in parts of whole blocks, each large enough to go back to the system when it is freed."""
+    width = block * -(-_PART // (rows * block * dtype.itemsize))
+    return [torch.empty(rows, p.stop - p.start, dtype=dtype, device=device) for p in _chunks(v, width)]
 
 
 def _follow(reference: Tensor, maximum: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ Forward, for a chunk of tokens:
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and gap
     slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
-    E W             by the library, in fp32
-    u_kernel        u = f'_y W[y] - (E W) / S
+    E W             by the library, in fp32, in slices of the vocabulary where C D alone would not fill the card
+    u_kernel        u = f'_y W[y] - (E W) / S, the slices added in order
 
 Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel (rows
 whose exponentials were kept need no product for it), then `G^T H` by the library, in fp32, rounded once.
@@ -16,13 +16,15 @@ whose exponentials were kept need no product for it), then `G^T H` by the librar
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from orpo_kernels.kernels import configs
+from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
@@ -35,6 +37,8 @@ from orpo_kernels.plan import Schedule
 _SLICES = 64
 # How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
+# Slices of the vocabulary begin at multiples of this, which keeps a library's loads wide.
+_ALIGNED = 64
 # Stated, as Triton's default changes between versions.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -61,7 +65,7 @@ def forward(
     """Log-probability terms of every token; see `interface` for the symbols and shapes.
 
     schedule: one made with `full_rows=True`: a chunk's exponentials span the vocabulary. ValueError if not.
-    config: the tile's shape; None takes the device's default.
+    config: the tile's shape; None takes the tuned one, or the device's default.
 
     What is kept are the exponentials of `tile`, relative to their base and 2^-60 small: the constant would cost
     a reference of its own size the last digits that a sum in fp32 leaves.
@@ -73,7 +77,8 @@ def forward(
             f"schedule.forward_block={schedule.forward_block} does not span the vocabulary of {v}: make the "
             "schedule with full_rows=True, and Plan.scratch_bytes large enough for that"
         )
-    config = config or _default_config(head, min(n, schedule.forward_chunk))
+    what = "exponentials" if want_u else "sums"
+    config = config or _default_config(head, what, min(n, schedule.forward_chunk))
     launch = _Launcher(head, config)
     gap = torch.empty(n, dtype=torch.float32, device=device)
     lse = torch.empty(n, dtype=torch.float32, device=device)
@@ -81,7 +86,7 @@ def forward(
     keep, kept = min(schedule.keep_rows, n), None
     if schedule.keep_rows:
         reference = torch.empty(keep, 1, dtype=torch.float32, device=device)
-        kept = Kept(_tile_buffer(keep, v, dtype, device, config), reference, v)
+        kept = Kept([_tile_buffer(keep, v, dtype, device, config)], reference, v)
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
@@ -90,7 +95,7 @@ def forward(
             y = tokens.targets[chunk]
             tile = None
             if chunk.start < keep and kept is not None:
-                tile = kept.values[chunk]
+                tile = kept.values[0][chunk]
             elif want_u:
                 tile = scratch[: y.numel()]
             z_y, slope_y, base = launch.targets(hidden, rows, y)
@@ -101,8 +106,10 @@ def forward(
             if chunk.start < keep and kept is not None:
                 kept.reference[chunk, 0] = base
             if u is not None and tile is not None:
-                product = _add_product(None, tile, launch.weight, u[chunk])
-                launch.finish_u(product, y, slope_y, total, u[chunk])
+                products = _slice_products(tile, launch.weight, schedule.u_slices, u[chunk])
+                launch.finish_u(products, y, slope_y, total, u[chunk])
+                del products
+            del hidden, partial  # Before the next chunk's are made.
     return Forward(gap, lse, u, kept)
 
 
@@ -130,9 +137,9 @@ def weight_gradient(
     if n == 0 or (d_weight is None and d_bias is None):
         return d_weight, d_bias
     dtype, wide = head.compute_dtype, torch.float32
-    keep = kept.values.shape[0] if kept is not None else 0
+    keep = kept.reference.shape[0] if kept is not None else 0
     chunk_size, block = min(schedule.backward_chunk, n), min(schedule.backward_block, v)
-    config = config or _default_config(head, chunk_size, d_bias is not None)
+    config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
     whole = _gathered(tokens, slice(0, n), dtype) if chunk_size == n else None
     buffer = _tile_buffer(chunk_size, block, dtype, device, config)
 
@@ -151,7 +158,7 @@ def weight_gradient(
                     t = slice(chunk.start + part.start, chunk.start + part.stop)
                     about = (hidden[part], tokens.targets[t], coefficient[t], lse[t], g[part], total_bias)
                     if kept is not None and t.start < keep:
-                        launch.kept_gradient(kept.values[t, columns], kept.reference[t, 0], *about)
+                        launch.kept_gradient(kept.at(t, columns), kept.reference[t, 0], *about)
                     else:
                         launch.gradient(*about)
                 if dest is not None:
@@ -224,8 +231,9 @@ class _Launcher:
         c = y.numel()
         slices = min(_SLICES, self.n_v)
 
-        # A loop around the tile needs registers, so tiles are half as tall.
-        shape = {**self.shape, "BC": max(self.config.block_c // 2, 16)}
+        # A loop around the tile needs registers: tiles are half as tall, down to the 64 rows that sm_90 multiplies.
+        block_c = max(self.config.block_c // 2, min(self.config.block_c, 64))
+        shape = {**self.shape, "BC": block_c, "num_warps": 8}
 
         def launch(epilogue: Any, stored: Tensor | None) -> None:
             slow_kernel[(triton.cdiv(c, shape["BC"]), slices)](
@@ -238,11 +246,11 @@ class _Launcher:
         maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
         launch(EXPONENTIALS, tile)
 
-    def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
-        """u [C, D] from E W [C, D] in fp32, which may be the same memory."""
+    def finish_u(self, products: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
+        """u [C, D] from products [P, C, D] in fp32 that add up to E W; a single one may be the same memory."""
         grid = (triton.cdiv(y.numel(), 8), triton.cdiv(self.D, 256))
         u_kernel[grid](
-            product, self.weight, y, slope_y, total, u, *self.weight.stride(), y.numel(), self.D,
+            products, self.weight, y, slope_y, total, u, *self.weight.stride(), y.numel(), self.D, len(products),
             self._left_out, BC=8, BD=256, **_OPTIONS,
         )  # fmt: skip
 
@@ -299,12 +307,25 @@ class _Launcher:
         sums: Tensor | None,
     ) -> None:
         n_c = triton.cdiv(y.numel(), self.config.block_c)
+        operands: list[Any] = [hidden, self.weight]
+        described = [self.config.descriptors and _has_descriptor(x) for x in operands]
+        described[0] = described[0] and rows is None
+        for i, block in enumerate((self.config.block_c, self.config.block_v)):
+            if described[i]:
+                operands[i] = TensorDescriptor.from_tensor(operands[i], [block, self.config.block_d])
         tile_kernel[(n_c * self.n_v,)](
-            hidden, rows, self.weight, self.bias, y, reference, c_s, tile, sums,
+            operands[0], rows, operands[1], self.bias, y, reference, c_s, tile, sums,
             *hidden.stride(), *self.weight.stride(), 0 if tile is None else tile.stride(0),
             self.start, y.numel(), self.V, self.D, *self.transform,
-            EPILOGUE=epilogue, GROUP=self.config.group, **self.shape,
+            EPILOGUE=epilogue, GROUP=self.config.group, DESCRIBED_H=described[0], DESCRIBED_W=described[1],
+            **self.shape,
         )  # fmt: skip
+
+
+def _has_descriptor(x: Tensor) -> bool:
+    """Whether the tensor memory unit can load blocks of a matrix."""
+    row, column = x.stride()
+    return column == 1 and row >= x.shape[1] and row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _tile_buffer(c: int, v: int, dtype: torch.dtype, device: torch.device, config: TileConfig) -> Tensor:
@@ -344,10 +365,51 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
     return total
 
 
-def _default_config(head: Head, tokens: int, bias_gradient: bool = False) -> TileConfig:
-    target = configs.target_of(head.weight.device)
+def _slice_products(tile: Tensor, weight: Tensor, slices: int, out: Tensor) -> Tensor:
+    """[P, C, D] fp32 that add up to `tile @ weight`: the products of P parts of the vocabulary.
+
+    slices: how many equal parts; what is left of the vocabulary is one more. A product of few rows and columns has
+    work for few multiprocessors, and a batch of several has it for all. One part, where `out` [C, D] may be used,
+    on a device without such a batch.
+    """
+    wide = torch.float32
+    length = tile.shape[1] // (slices * _ALIGNED) * _ALIGNED
+    if slices == 1 or length == 0 or not (tile.dtype == wide or _has_mixed_batch(tile.device, tile.dtype)):
+        return _add_product(None, tile, weight, out)[None]
+    whole = slices * length
+    has_rest = tile.shape[1] > whole
+    products = torch.empty(slices + has_rest, *out.shape, dtype=wide, device=out.device)
+    to_fp32: dict[str, Any] = {} if tile.dtype == wide else {"out_dtype": wide}
+    parts = tile[:, :whole].unflatten(1, (slices, length)).transpose(0, 1)  # [slices, C, length]
+    torch.bmm(parts, weight[:whole].unflatten(0, (slices, length)), out=products[:slices], **to_fp32)
+    if has_rest:
+        torch.mm(tile[:, whole:], weight[whole:], out=products[slices], **to_fp32)
+    return products
+
+
+@functools.cache
+def _has_mixed_batch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies batches of `dtype` operands, and single ones, into given fp32 results."""
+    probe = torch.ones(1, 16, 16, dtype=dtype, device=device)
+    out = torch.zeros(1, 16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.bmm(probe, probe, out_dtype=torch.float32, out=out)
+        torch.mm(probe[0], probe[0], out_dtype=torch.float32, out=out[0])
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:
+    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any."""
+    device, dtype, hidden_size = head.weight.device, head.compute_dtype, head.weight.shape[1]
+    target = configs.target_of(device)
     heavy = bias_gradient or head.softcap is not None
-    return configs.default(target, head.compute_dtype, tokens, head.weight.shape[1], heavy)
+    default = configs.default(target, dtype, tokens, hidden_size, heavy)
+    if target is None or device.type != "cuda":
+        return default
+    key = tuned.key(torch.cuda.get_device_name(device), dtype, what, tokens, hidden_size, heavy)
+    return tuned.shape(key, default, configs.candidates(target, dtype))
 
 
 def _precision(device: torch.device) -> str:

@@ -6,6 +6,7 @@ filled with NaN, so that nothing it fails to write can pass.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -212,12 +213,13 @@ def check_everything(problem: Problem, generator: torch.Generator) -> None:
 
 def assert_kept(kept: Kept | None, problem: Problem, want: Answer, logit_error: float) -> None:
     assert kept is not None
-    k = kept.values.shape[0]
+    values = torch.cat(kept.values, 1)
+    k = values.shape[0]
     scale = 1.0 if problem.head.softcap is not None else problem.head.logit_scale
     # g = onehot f' - q f', and the kept values are q f' (less the scale of a linear head) times a row's own number.
     q_slope = -want.g[:k].scatter(1, problem.tokens.targets[:k, None], 0.0)
-    got = kept.values.double() * 2.0**60 * torch.exp(kept.reference.double() - want.lse[:k, None]) * scale
-    assert not kept.values.gather(1, problem.tokens.targets[:k, None]).any()
+    got = values.double() * 2.0**60 * torch.exp(kept.reference.double() - want.lse[:k, None]) * scale
+    assert not values.gather(1, problem.tokens.targets[:k, None]).any()
     assert relative(got, q_slope) <= max(rounding(problem.head.compute_dtype), 2 * logit_error)
 
 
@@ -241,6 +243,119 @@ def check_weight_gradient(
         assert d_bias.dtype == head.bias.dtype
         ones = torch.ones_like(want.lse)
         assert_as_good(d_bias, by_torch[1], weighted.T, ones, rounded, operands, f"bias, {keep} kept")
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("d", "used"), [(40, True), (64, True), (7, False)])
+def test_loads_by_descriptor(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, d: int, used: bool, softcap: float | None, rows: bool
+) -> None:
+    """The same bits; pointers where rows are gathered, or do not begin at multiples of 16 bytes."""
+    problem = make(generator, 40, d, 150, torch.bfloat16, bias=True, softcap=softcap, rows=rows)
+    made = []
+    descriptor = triton_path.TensorDescriptor
+
+    class Watched(descriptor):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def from_tensor(tensor: Tensor, block: list[int]) -> object:
+            made.append(tuple(tensor.shape))
+            return descriptor.from_tensor(tensor, block)
+
+    monkeypatch.setattr(triton_path, "TensorDescriptor", Watched)
+    results = []
+    for config in (CONFIG, CONFIG._replace(descriptors=True)):
+        assert not made
+        got = triton_path.forward(*problem, schedule(problem), True, config=config)
+        c_s = torch.sigmoid(got.gap)
+        gradients = triton_path.weight_gradient(
+            *problem, c_s, got.lse, None, schedule(problem), True, True, config=config
+        )
+        results.append((got, *gradients))
+    assert ((100, d) in made) is used  # a block of the vocabulary
+    assert ((30, d) in made) is used  # tokens, gathered for the backward
+    assert ((33, d) in made) is (used and not rows)
+    by_pointer, by_descriptor = results
+    assert_same(by_descriptor[0], by_pointer[0])
+    assert torch.equal(by_descriptor[1], by_pointer[1])
+    assert torch.equal(by_descriptor[2], by_pointer[2])
+
+
+@pytest.fixture
+def batched_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16-bit operands into fp32, single ones and batches, on a CPU too."""
+    if DEVICE == "cuda":
+        return
+
+    def to_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def multiply(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **out: Tensor) -> Tensor:
+            return product(a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype), **out)
+
+        return multiply
+
+    for name in ("mm", "bmm"):
+        monkeypatch.setattr(torch, name, to_fp32(getattr(torch, name)))
+    monkeypatch.setattr(triton_path, "_has_mixed_batch", lambda device, dtype: True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("v", "slices", "parts"), [(192, 3, 3), (200, 3, 4), (1000, 4, 5), (257, 4, 5), (255, 4, 1), (150, 1, 1)]
+)
+def test_slices_of_the_vocabulary(
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    batched_products: None,
+    dtype: torch.dtype,
+    v: int,
+    slices: int,
+    parts: int,
+) -> None:
+    problem = make(generator, 37, 40, v, dtype, bias=True, scale=0.5)
+    seen = []
+    finish = triton_path._Launcher.finish_u
+
+    def watched(self: object, products: Tensor, *rest: Tensor) -> None:
+        seen.append(len(products))
+        finish(self, products, *rest)
+
+    monkeypatch.setattr(triton_path._Launcher, "finish_u", watched)
+    sliced = dataclasses.replace(schedule(problem, chunk=20, keep=5), u_slices=slices)
+    got, again = (triton_path.forward(*problem, sliced, True, config=CONFIG) for _ in range(2))
+    assert seen == 2 * 3 * [parts]  # the tokens that are kept, and two chunks
+    assert_same(got, again)
+    whole = run(problem, chunk=20, keep=5)
+    assert torch.equal(got.gap, whole.gap)
+    assert torch.equal(got.lse, whole.lse)
+    want, peer = exact(problem), torch_path.forward(*problem, schedule(problem), True)
+    assert got.u is not None
+    assert got.u.dtype == dtype
+    assert peer.u is not None
+    rounded = max(rounding(dtype), float(want.logit_error.max()))
+    assert_as_good(got.u, peer.u, want.g, problem.head.weight.double(), rounded, 1, "u")
+
+
+def test_slices_are_added_in_order(generator: torch.Generator) -> None:
+    head = Head(torch.zeros(9, 300, device=DEVICE), None, 1.0, None, torch.float32)
+    products = torch.randn(7, 13, 300, generator=generator, device=DEVICE)
+    products *= 10.0 ** torch.randint(-3, 4, products.shape, generator=generator, device=DEVICE)
+    y, ones = torch.zeros(13, dtype=torch.int64, device=DEVICE), torch.ones(13, device=DEVICE)
+    u = torch.empty(13, 300, device=DEVICE)
+    triton_path._Launcher(head, CONFIG).finish_u(products, y, ones, ones, u)
+    total = products[0].clone()
+    for product in products[1:]:
+        total += product
+    assert torch.equal(u, -total)
+    assert not torch.equal(u, -products.flip(0).cumsum(0)[-1])
+
+
+def test_without_batched_products_there_is_one_part(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_path, "_has_mixed_batch", lambda device, dtype: False)
+    problem = make(generator, 20, 40, 1000, torch.bfloat16)
+    sliced = dataclasses.replace(schedule(problem), u_slices=4)
+    assert_same(triton_path.forward(*problem, sliced, True, config=CONFIG), run(problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
