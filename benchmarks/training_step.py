@@ -224,7 +224,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "command": sys.argv,
         "machine": machine.describe(device, specification["threads"]),
         "versions": machine.versions(),
-        "settings": {**specification, "rounds": args.rounds},
+        "settings": {
+            **specification,
+            "model": Path(model).name,
+            "pairs": args.pairs.name,
+            "rounds": args.rounds,
+        },
         "results": results,
     }
 

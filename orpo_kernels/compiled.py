@@ -141,7 +141,9 @@ def _(
         targets.new_empty(n, dtype=torch.int64),
         number,
         torch.empty_like(number),
-        hidden.new_empty(n, hidden.shape[1], dtype=compute_dtype) if needs[0] else hidden.new_empty(0, 0, dtype=wide),
+        hidden.new_empty(n, hidden.shape[1], dtype=wide if hidden.device.type == "cpu" else compute_dtype)
+        if needs[0]
+        else hidden.new_empty(0, 0, dtype=wide),
         kept,
         reference,
         columns,

@@ -6,8 +6,8 @@ touches a tensor.
 
 Memory has two names. *Scratch* is what a call allocates and frees again: it stays within
 `Plan.scratch_bytes` whatever the number of tokens or the size of the vocabulary. *Saved* is what autograd
-holds between forward and backward: `u` [N, D] in the compute dtype, up to five numbers a token, and whatever
-`keep_logit_grads` keeps.
+holds between forward and backward: `u` [N, D] in the compute dtype (on a CPU as wide as sums are), up to five
+numbers a token, and whatever `keep_logit_grads` keeps.
 
 A unit is 2*N*D*V floating-point operations, one pass of the big product:
 
@@ -233,7 +233,7 @@ class Plan:
         if train_hidden or train_weight:
             saved += tokens * (2 * wide + 8)  # 1 - p, log-prob, row
         if train_hidden:
-            saved += tokens * hidden_size * item  # u
+            saved += tokens * hidden_size * (wide if cpu else item)  # u
         if train_weight:
             saved += tokens * (wide + 8)  # logsumexp, target
             saved += keep_rows * (v * item + (-(-v // forward[1])) * wide)

@@ -96,6 +96,16 @@ def test_logps_and_gradients(dtype: torch.dtype, head: dict[str, Any], keep: boo
     assert_gradients_match(case, found, upstream)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_cpu_the_hidden_gradient_is_rounded_once(dtype: torch.dtype) -> None:
+    """Nearly every number is the float64 one's nearest neighbour; a second rounding would move a third of them."""
+    case = make_case((4, 16), 96, 1000, dtype, torch.device("cpu"))
+    upstream = normal_like(case.targets)
+    nearest = evaluate_exact(case, upstream).hidden.to(dtype)
+    found = evaluate(linear_logps, case, upstream).hidden
+    assert (found == nearest).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_frozen_head(dtype: torch.dtype, head: dict[str, Any], device: torch.device) -> None:

@@ -75,7 +75,7 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe("cpu", settings.threads),
         "versions": machine.versions(),
-        "settings": {**asdict(settings), "pairs": str(settings.pairs)},
+        "settings": {**asdict(settings), "pairs": settings.pairs.name},
         "refused": refused,
         "results": [_measure(trainer.model, losses, rows, size, settings, report) for size in settings.micro_batches],
         "seconds": round(time.monotonic() - started, 1),

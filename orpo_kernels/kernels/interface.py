@@ -89,7 +89,8 @@ class Kept(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """gap, lse: [N] accumulation dtype (`gap` and `L` above); u: [N, D] compute dtype, or None."""
+    """gap, lse: [N] accumulation dtype (`gap` and `L` above); u: [N, D] compute dtype (accumulation dtype on a CPU), or
+    None."""
 
     gap: Tensor
     lse: Tensor

@@ -42,7 +42,9 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
     math = _Products(head, device)
     gap = torch.empty(n, dtype=wide, device=device)
     lse = torch.empty(n, dtype=wide, device=device)
-    u = torch.empty(n, d, dtype=head.compute_dtype, device=device) if want_u else None
+    # On a CPU u is wide: the sum grows in its place, and the gradient is rounded once.
+    u_dtype = wide if device.type == "cpu" else head.compute_dtype
+    u = torch.empty(n, d, dtype=u_dtype, device=device) if want_u else None
     block = schedule.forward_block
     kept = None
     if schedule.keep_rows:

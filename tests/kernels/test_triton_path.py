@@ -205,7 +205,7 @@ def check_everything(problem: Problem, generator: torch.Generator) -> None:
         assert got.u.dtype == dtype
         assert peer.u is not None
         weight = head.weight.to(dtype).double()
-        assert_as_good(got.u, peer.u, want.g, weight, max(rounding(dtype), logit_error), 1, "u")
+        assert_as_good(got.u, peer.u.to(dtype), want.g, weight, max(rounding(dtype), logit_error), 1, "u")
         if keep:
             assert_kept(got.kept, problem, want, logit_error)
         check_weight_gradient(problem, want, coefficient, got, keep, logit_error)
@@ -332,7 +332,7 @@ def test_slices_of_the_vocabulary(
     assert got.u.dtype == dtype
     assert peer.u is not None
     rounded = max(rounding(dtype), float(want.logit_error.max()))
-    assert_as_good(got.u, peer.u, want.g, problem.head.weight.double(), rounded, 1, "u")
+    assert_as_good(got.u, peer.u.to(dtype), want.g, problem.head.weight.double(), rounded, 1, "u")
 
 
 def test_slices_are_added_in_order(generator: torch.Generator) -> None:
