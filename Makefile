@@ -89,7 +89,7 @@ gpu: $(BIN)/.bench
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 resources: $(BIN)/.test
-	$(BIN)/python benchmarks/kernel_resources.py
+	$(BIN)/python -m benchmarks.kernel_resources
 
 # torch first and by its exact version: a bare `torch` may take another build along than the one wanted.
 $(BIN)/.torch: constraints.txt

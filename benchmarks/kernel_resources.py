@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, card by card, without a card.
 
-    python benchmarks/kernel_resources.py [--targets 90 gfx942] [--brief | --sweep] [--jobs 2]
+    python -m benchmarks.kernel_resources [--targets 90 gfx942] [--brief | --sweep] [--jobs 2]
 
 Compiles every kernel as the launcher asks for it: the backend's own functions run on tensors without memory
 (torch's "meta" device), with Triton told to compile for the target and not to launch. So dtypes, strides,
@@ -10,10 +10,13 @@ alignment and options are those of a real call, and what is read off the machine
     shared memory, and how much of it the target has
     tensor-core instructions, without which bf16 crawls: on each target its own (_PRODUCTS), as older ones run too
     widths, in bits, of a load of operands and of a store to global memory
+    instructions a warp runs for a logit after its tile's last product (`epilogue_length`)
 
 Exit status 1 if a kernel spills, needs more shared memory than there is, multiplies bf16 by other instructions than
 its target's, or moves bf16 operands or tiles in pieces below what the target allows: 128 bits, though 64 for AMD's
-stores, whose compiler writes the 4 numbers that an accumulator holds in a row rather than exchange them first.
+stores, whose compiler writes the 4 numbers that an accumulator holds in a row rather than exchange them first. The same
+if a persistent kernel has loads or stores that are not the tensor memory unit's (UTMALDG, UTMASTG), or, on 90 in bf16
+without bias and soft-cap, an epilogue of more instructions than _LONGEST.
 Covered are the tiles that the launcher picks for a large head, a small one and few tokens, in bf16 and fp32;
 `--brief` takes only the large head, with a bias, in bf16; `--sweep` every shape in `configs.candidates`.
 """
@@ -42,6 +45,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from benchmarks.epilogue_length import instructions_a_logit
 from orpo_kernels.kernels import configs, triton_path
 from orpo_kernels.kernels.configs import Target, TileConfig
 from orpo_kernels.kernels.interface import Head, Tokens
@@ -66,6 +70,7 @@ EPILOGUES = {
 # The matrix instruction of a target's own generation.
 _PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx942": "v_mfma"}
 _LOAD_BITS, _STORE_BITS = 128, {"cuda": 128, "hip": 64}
+_LONGEST = {"tile sums": 7.0, "tile exponentials": 8.0, "tile gradient": 9.0}
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -83,7 +88,7 @@ class Usage(NamedTuple):
     """What a compiled kernel uses. stack, shared: bytes.
 
     load: bits of the narrowest load that goes to shared memory, as operands do; of the widest where none does.
-    store: bits of the widest store.
+    store: bits of the widest store. copies: instructions of the tensor memory unit. epilogue: instructions a logit.
     """
 
     registers: int
@@ -93,6 +98,8 @@ class Usage(NamedTuple):
     products: list[str]
     load: int
     store: int
+    copies: set[str]
+    epilogue: float | None = None
 
 
 class Compiled(NamedTuple):
@@ -111,12 +118,16 @@ class Compiled(NamedTuple):
         reads_rows = multiplies or self.kernel in ("target", "u")
         stores_rows = self.kernel in ("tile exponentials", "tile gradient", "slow exponentials", "u")
         product = _PRODUCTS[target.arch]
+        wanted = {"UTMALDG"} | ({"UTMASTG"} if stores_rows else set()) if "persistent" in self.tile else set()
+        longest = _LONGEST.get(self.kernel) if target.arch == 90 and bf16 and self.work.head == "plain" else None
         found = {
             "spills": usage.spills or usage.stack,
             "shared memory": usage.shared > target.shared_memory,
             f"no {product}": bf16 and multiplies and product not in usage.products,
             "narrow loads": bf16 and reads_rows and usage.load < _LOAD_BITS,
             "narrow stores": bf16 and stores_rows and usage.store < _STORE_BITS[target.backend],
+            f"no {' '.join(sorted(wanted))}": bool(wanted - usage.copies),
+            "long epilogue": longest is not None and (usage.epilogue is None or usage.epilogue > longest),
         }
         return [fault for fault, is_so in found.items() if is_so]
 
@@ -163,8 +174,7 @@ def compile_kernels(work: Work) -> list[Compiled]:
     tokens = Tokens(meta(n, d, dtype=work.dtype), rows, meta(n, dtype=torch.int64))
     weight = meta(v, d, dtype=work.dtype)
     head = Head(weight, bias, 1.0 if plain else 0.5, 30.0 if capped else None, work.dtype)
-    u_slices = 1 if work.problem == PROBLEMS[0] else 4
-    schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0, u_slices)
+    schedule = Schedule(n, v, n, min(v, 16384), 0, 0, 0, 0.0, 0.0)
     numbers = meta(n, dtype=torch.float32)
 
     launched: dict[tuple[str, str], Any] = {}
@@ -172,7 +182,8 @@ def compile_kernels(work: Work) -> list[Compiled]:
 
     def compile_only(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launched[_kernel_name(self, args, kwargs), _tile(kwargs)] = compiled
+        logits = kwargs.get("BC", 0) * kwargs.get("BV", 0) // (32 * kwargs.get("num_warps", 4))
+        launched[_kernel_name(self, args, kwargs), _tile(kwargs)] = (compiled, logits)
         return compiled
 
     triton.JITFunction.run = compile_only
@@ -184,8 +195,7 @@ def compile_kernels(work: Work) -> list[Compiled]:
         triton_path.weight_gradient(tokens, head, numbers, numbers, None, schedule, True, True, config=work.config)
     finally:
         triton.JITFunction.run, configs.target_of = run, target_of
-    usage = _nvidia_usage if work.target.backend == "cuda" else _amd_usage
-    return [Compiled(work, *what, usage(kernel)) for what, kernel in launched.items()]
+    return [Compiled(work, *what, _usage(work.target, *kernel)) for what, kernel in launched.items()]
 
 
 def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -200,10 +210,15 @@ def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _tile(launch: dict[str, Any]) -> str:
     shape = "x".join(str(launch[size]) for size in ("BC", "BV", "BD") if size in launch)
     stages = f" {launch['num_stages']}s" if "num_stages" in launch else ""
-    return f"{shape} {launch.get('num_warps', 4)}w{stages}" + (" tma" if launch.get("DESCRIBED_W") else "")
+    return f"{shape} {launch.get('num_warps', 4)}w{stages}" + (" persistent" if launch.get("PROGRAMS") else "")
 
 
-def _nvidia_usage(kernel: Any) -> Usage:
+def _usage(target: Target, kernel: Any, logits: int) -> Usage:
+    """logits: those of a thread in a tile."""
+    return _nvidia_usage(kernel, logits) if target.backend == "cuda" else _amd_usage(kernel)
+
+
+def _nvidia_usage(kernel: Any, logits: int) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -217,7 +232,9 @@ def _nvidia_usage(kernel: Any) -> Usage:
         re.findall(r"\b(HGMMA|HMMA|UTCHMMA|OMMA|QMMA)\b", code),
         min(_widths(r"\b(?:LDGSTS|UTMALDG)\.[\w.]*", code), default=0)
         or max(_widths(r"\bLDG\.[\w.]*", code), default=0),
-        max(_widths(r"\bSTG\.[\w.]*", code), default=0),
+        max(_widths(r"\b(?:STG|UTMASTG)\.[\w.]*", code), default=0),
+        set(re.findall(r"\b(UTMALDG|UTMASTG)\b", code)),
+        instructions_a_logit(code, logits),
     )
 
 
@@ -231,6 +248,7 @@ def _amd_usage(kernel: Any) -> Usage:
         re.findall(r"\b(v_mfma)_", code),
         max(_widths(r"\b(?:buffer|global)_load_\w+", code), default=0),
         max(_widths(r"\b(?:buffer|global)_store_\w+", code), default=0),
+        set(),
     )
 
 
@@ -240,7 +258,7 @@ def _widths(instruction: str, code: str) -> list[int]:
     for found in re.findall(instruction, code):
         amd = re.search(r"dword(?:x(\d))?", found)
         nvidia = re.search(r"\.(64|128|256)\b", found)
-        if found.startswith("UTMALDG"):
+        if found.startswith("UTMA"):
             widths.append(128)  # By the tensor memory unit, in its own pieces.
         else:
             widths.append(32 * int(amd[1] or 1) if amd else int(nvidia[1]) if nvidia else 32)
@@ -263,11 +281,13 @@ def line(compiled: Compiled) -> str:
     work, usage = compiled.work, compiled.usage
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
     products = f"{len(usage.products)} {usage.products[0]}" if usage.products else "-"
+    tile = compiled.kernel.startswith("tile")
+    length = f"{usage.epilogue:.1f}" if tile and usage.epilogue is not None else "-"
     shared = f"{usage.shared / configs.KIB:.0f}/{work.target.shared_memory // configs.KIB}"
     return (
-        f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<22}"
+        f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<28}"
         f"{compiled.kernel:<18} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
-        f"{products:>12} {usage.load:>5} {usage.store:>5}  {', '.join(compiled.faults)}"
+        f"{products:>12} {usage.load:>5} {usage.store:>5} {length:>6}  {', '.join(compiled.faults)}"
     )
 
 
@@ -283,8 +303,8 @@ def main() -> int:
 
     work = [w for name in args.targets for w in works(TARGETS[name], args.extent)]
     print(
-        f"{'target':>7} {'operands':<11} {'tile':<22}{'kernel':<18} {'regs':>4} {'stack':>5} "
-        f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5}  faults"
+        f"{'target':>7} {'operands':<11} {'tile':<28}{'kernel':<18} {'regs':>4} {'stack':>5} "
+        f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5} {'instr':>6}  faults"
     )
     seen: set[str] = set()
     faulty = 0

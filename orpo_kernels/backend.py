@@ -33,6 +33,7 @@ def choose(
             softcap=head.softcap is not None,
             full_rows=full_rows,
             joined=head.adapter is not None,
+            cast=head.weight.dtype != head.compute_dtype,
         )
 
     if why_not_triton(head) is None:

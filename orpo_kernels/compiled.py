@@ -133,7 +133,7 @@ def _(
     columns: int | torch.SymInt = 0
     if keep and any(needs[1:]):
         k = context.new_dynamic_size()
-        kept = hidden.new_empty(k, weight.shape[0], dtype=compute_dtype)
+        kept = hidden.new_empty(k, context.new_dynamic_size(), dtype=compute_dtype)  # rows may be longer than V
         reference = hidden.new_empty(k, context.new_dynamic_size(), dtype=wide)
         columns = context.new_dynamic_size()
     return (
@@ -229,9 +229,9 @@ def compiled_linear_logps(
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """One contiguous tensor; the parts, rows of whole tiles under Triton, go one by one."""
+    """One contiguous tensor; the parts go one by one."""
     if len(parts) == 1:
-        return parts[0].contiguous()
+        return parts[0]
     whole = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
     start = 0
     while parts:

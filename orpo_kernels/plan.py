@@ -19,12 +19,12 @@ A unit is 2*N*D*V floating-point operations, one pass of the big product:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from orpo_kernels import traffic
+from orpo_kernels.fit import Bytes, largest, whole_rows, whole_tokens
 
 MIB = 1 << 20
 
@@ -34,20 +34,16 @@ _CPU_BLOCK = 1024
 _CPU_CHUNK = 1536
 _CPU_SCRATCH = 32 * MIB
 _GPU_BLOCK = 16384
+# Chunks of about 1024 tokens at V=151936: on an H100 the library's products are at their best there, and 1.5 GiB, in
+# chunks four times as high, made them no faster.
 _GPU_SCRATCH = 384 * MIB
 # The BLAS library packs operands into buffers of its own: 3.3 MiB measured (MKL, 2 cores). The budget covers them,
 # up to a third of it.
 _CPU_LIBRARY = 4 * MIB
 # The bytes of a row's own numbers (references, sums, masks, indices), rounded up.
 _ROW_BYTES = 128
-# Fewer rows than this make a product that waits for the weight to arrive from memory.
-_MIN_CHUNK = 64
-# A GPU's library makes [C, D] products in tiles of about this size, one a multiprocessor at a time.
-_PRODUCT_TILE = (128, 256)
-_MULTIPROCESSORS = 132  # Of a GPU that is not there to be asked.
-# A slice of the product's inner dimension is longer than this: about what a card multiplies in the time that the
-# slice's sums take to be written and read, 8 bytes each, at 250 operations a byte.
-_LEAST_SLICE = 1000
+# The kernels' tiles have from 64 to 256 columns: rows are as long as whole tiles, and each tile leaves a sum a row.
+_TILE_COLUMNS = (64, 256)
 
 
 class ScratchTooSmall(ValueError):
@@ -65,9 +61,10 @@ class Schedule:
     saved_bytes: bytes held between forward and backward, the inputs themselves aside. Where every token is scored
         it is less, by up to 24 bytes a token; rows that repeat add up to 40.
     units_forward, units_backward: floating-point operations in units of 2*N*D*V.
-    u_slices: parts of the vocabulary that the kernels' product for u is cut into, so that it fills the card.
     path: "torch", or "triton" where tiles span the vocabulary.
     moved_forward, moved_backward: bytes between the device's memory and its caches, about; see `traffic`.
+    weight_copy_bytes: the whole weight in the compute dtype, where the kernels need it and it is of another (autocast):
+        made by every forward, or once while the weight is frozen. It is no part of the scratch.
     """
 
     forward_chunk: int
@@ -79,10 +76,10 @@ class Schedule:
     saved_bytes: int
     units_forward: float
     units_backward: float
-    u_slices: int = 1
     path: str = "torch"
     moved_forward: int = 0
     moved_backward: int = 0
+    weight_copy_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -92,6 +89,7 @@ class Schedule:
             f"moves {self.moved_forward / MIB:,.0f} + {self.moved_backward / MIB:,.0f} MiB; "
             f"scratch {self.scratch_bytes / MIB:.1f} MiB, saved {self.saved_bytes / MIB:.1f} MiB"
             + (f", logit gradients of {self.keep_rows} tokens kept" if self.keep_rows else "")
+            + (f", a copy of the weight {self.weight_copy_bytes / MIB:.1f} MiB" if self.weight_copy_bytes else "")
         )
 
 
@@ -157,76 +155,53 @@ class Plan:
         softcap: bool = False,
         full_rows: bool = False,
         joined: bool = False,
+        cast: bool = False,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
         joined: blocks of the weight are copied to join an adapter's columns to them (D counts those too).
         full_rows: tiles span the whole vocabulary (what the Triton kernels write).
+        cast: the weight is of another dtype than the compute dtype.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
         library = min(_CPU_LIBRARY, self.budget(device) // 3) if cpu else 0
         budget = self.budget(device) - library
-        item = dtype.itemsize
-        wide = 8 if dtype == torch.float64 else 4
-        mixed = item < wide
-        # A logit: its value, its slope, and on a GPU its copy as a product's operand; Triton's tiles are that alone.
-        operand = item if mixed and not cpu else 0
-        tile = item if full_rows else wide * (2 if softcap else 1) + operand
-        # A token's rows of D: hidden as an operand, the sum of products, and what is on its way to either.
-        row = hidden_size * (2 * wide + item if mixed else wide) + _ROW_BYTES * wide // 4
-        # A vocabulary entry's: the weight as an operand, and in the backward its gradient and what is added to that;
-        # the same of the bias.
-        column_forward = 4 * wide + (hidden_size * (wide + item) if mixed and not full_rows else 0)
-        column_backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
-        if full_rows:
-            # Tiles of up to 256 columns reach past the vocabulary; each, of 64 or more, leaves a sum.
-            row += 255 * item + 4 * -(-vocab_size // 64)
-        if joined:
-            row += hidden_size * wide
-            column_forward += hidden_size * wide
-            column_backward += hidden_size * wide * (1 if mixed else 2)
+        item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
         # Numbers of every token: gap and logsumexp, or coefficients on their way from logps to logits.
         numbers = 4 * wide * tokens
-
-        v = max(vocab_size, 1)
-        block_goal = _CPU_BLOCK if cpu else _GPU_BLOCK
-        chunk_goal = min(max(tokens, 1), _CPU_CHUNK) if cpu else max(tokens, 1)
         for_tiles = budget - numbers
-        block, least_block = (v, v) if full_rows else (min(block_goal, v), 1)
-        forward = _fit(for_tiles, row, tile, column_forward, chunk_goal, block, least_block)
-        backward = _fit(for_tiles, row, tile, column_backward, max(tokens, 1), min(block_goal, v))
-        u_slices, row_forward = 1, row
-        if forward is not None and full_rows and train_hidden:
-            # Slices have sums [C, D] each, as has what is left of the vocabulary. All of them together get the room
-            # that the chunk leaves, or a fifth of it.
-            whole = row + v * tile
-            room = max(whole // 4, (for_tiles - v * column_forward) // forward[0] - whole)
-            wanted = _slices(forward[0], hidden_size, v, _multiprocessors(device))
-            slices = min(wanted, room // (hidden_size * wide) - 1)
-            sliced_row = row + (slices + 1) * hidden_size * wide
-            sliced = _fit(for_tiles, sliced_row, tile, column_forward, chunk_goal, block, least_block)
-            if slices > 1 and sliced is not None:
-                u_slices, row_forward, forward = slices, sliced_row, sliced
-        if forward is None or (train_weight and backward is None):
-            least = (
-                numbers
-                + row
-                + max(least_block * (tile + column_forward), tile + column_backward if train_weight else 0)
-            )
+        sizes = (tokens, hidden_size, v, item)
+        trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}
+
+        if full_rows:
+            cost_forward, cost_backward = _kernel_bytes(hidden_size, v, dtype, train_hidden, cast)
+
+            def moved(chunk: int, block: int) -> int:
+                return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
+
+            least_block = v
+            forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
+            backward = whole_tokens(for_tiles, cost_backward, max(tokens, 1), v, moved) if train_weight else (0, 0)
+        else:
+            cost_forward, cost_backward = _torch_bytes(hidden_size, dtype, softcap, joined, cpu)
+            block, least_block = min(_CPU_BLOCK if cpu else _GPU_BLOCK, v), 1
+            some = max(tokens, 1)
+            forward = largest(for_tiles, cost_forward, some, block, _CPU_CHUNK if cpu else None)
+            backward = largest(for_tiles, cost_backward, some, block) if train_weight else (0, 0)
+        if forward is None or backward is None:
+            least = numbers + max(cost_forward.of(1, least_block), cost_backward.of(1, 1) if train_weight else 0)
             if cpu:
                 least += min(_CPU_LIBRARY, -(-least // 2))
             raise ScratchTooSmall(
                 f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for N={tokens}, D={hidden_size}, "
                 f"V={vocab_size}, {dtype}: give at least {least} bytes"
             )
-        assert forward is not None
-        if not train_weight or backward is None:
-            backward = (0, 0)
 
-        keep_rows = 0
+        keep_rows = row_kept = 0
         if train_weight and self.keep_logit_grads:
-            row_kept = v * item + (-(-v // forward[1])) * wide
+            columns = -(-v // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else v
+            row_kept = columns * item + (-(-v // forward[1])) * wide
             keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
         kept_share = keep_rows / tokens if tokens else 0.0
         saved = 0
@@ -236,67 +211,56 @@ class Plan:
             saved += tokens * hidden_size * (wide if cpu else item)  # u
         if train_weight:
             saved += tokens * (wide + 8)  # logsumexp, target
-            saved += keep_rows * (v * item + (-(-v // forward[1])) * wide)
-        used = numbers + max(
-            _bytes(forward, row_forward, tile, column_forward),
-            _bytes(backward, row, tile, column_backward) if train_weight else 0,
-        )
+            saved += keep_rows * row_kept
         return Schedule(
             *forward,
             *backward,
             keep_rows,
-            used + library,
+            library + numbers + max(cost_forward.of(*forward), cost_backward.of(*backward)),
             saved,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
-            u_slices,
             "triton" if full_rows else "torch",
             *traffic.moved(
-                tokens,
-                hidden_size,
-                v,
-                item,
-                chunks=(forward[0], backward[0]),
-                backward_block=backward[1],
-                keep_rows=keep_rows,
-                train_hidden=train_hidden,
-                train_weight=train_weight,
-                cpu=cpu,
-                full_rows=full_rows,
+                *sizes, chunks=(forward[0], backward[0]), backward_block=backward[1], keep_rows=keep_rows, **trains
             ),
+            v * hidden_size * item if full_rows and cast else 0,
         )
 
 
-def _slices(chunk: int, hidden_size: int, vocab_size: int, multiprocessors: int) -> int:
-    """Parts of the vocabulary that E [C, V] times W [V, D] takes to give every multiprocessor a tile."""
-    tiles = -(-chunk // _PRODUCT_TILE[0]) * -(-hidden_size // _PRODUCT_TILE[1])
-    return max(1, min(multiprocessors // tiles, vocab_size // _LEAST_SLICE))
+def _torch_bytes(hidden_size: int, dtype: torch.dtype, softcap: bool, joined: bool, cpu: bool) -> tuple[Bytes, Bytes]:
+    """What tiles of `kernels.torch_path` take, in the forward and in the backward."""
+    item = dtype.itemsize
+    wide = 8 if dtype == torch.float64 else 4
+    mixed = item < wide
+    # A logit: its value, its slope, and on a GPU its copy as a product's operand.
+    operand = item if mixed and not cpu else 0
+    logit = wide * (2 if softcap else 1) + operand
+    # A token's rows of D: hidden as an operand, the sum of products, and what is on its way to either.
+    token = hidden_size * (2 * wide + item if mixed else wide) + _ROW_BYTES * wide // 4
+    # A vocabulary entry's: the weight as an operand, and in the backward its gradient and what is added to that;
+    # the same of the bias.
+    forward = 4 * wide + (hidden_size * (wide + item) if mixed else 0)
+    backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
+    if joined:
+        token += hidden_size * wide
+        forward += hidden_size * wide
+        backward += hidden_size * wide * (1 if mixed else 2)
+    return Bytes(token, logit, forward), Bytes(token, logit, backward)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS
-
-
-def _bytes(shape: tuple[int, int], row: int, tile: int, column: int) -> int:
-    chunk, block = shape
-    return chunk * row + chunk * block * tile + block * column
-
-
-def _fit(
-    budget: int, row: int, tile: int, column: int, chunk: int, block: int, least_block: int = 1
-) -> tuple[int, int] | None:
-    """The largest tile in the budget: the chunk shrinks to `_MIN_CHUNK` before the block does."""
-    goal = chunk
-    while True:
-        chunk = (budget - block * column) // (row + block * tile)
-        if chunk >= min(goal, _MIN_CHUNK) or block <= least_block:
-            break
-        block = -(-block // 2)
-    if chunk < 1:
-        return None
-    chunk = min(chunk, goal)
-    # Even chunks: 1153 tokens in chunks of 1152 would make a second one of a single row.
-    return -(-goal // -(-goal // chunk)), block
+def _kernel_bytes(
+    hidden_size: int, vocab_size: int, dtype: torch.dtype, train_hidden: bool, cast: bool
+) -> tuple[Bytes, Bytes]:
+    """What tiles of `kernels.triton_path` take, in the forward and in the backward."""
+    item, wide = dtype.itemsize, 4
+    mixed = item < wide
+    narrowest, widest = _TILE_COLUMNS
+    # A token's row of hidden as an operand, its tiles' sums, and in the forward its product E W before it becomes u.
+    operand = hidden_size * item + _ROW_BYTES
+    ends = (widest - 1) * item + wide * -(-vocab_size // narrowest)
+    product = hidden_size * wide if mixed and train_hidden else 0
+    forward = Bytes(operand + ends + product, item if train_hidden else 0, 0)
+    # An entry's gradient in fp32 before it is rounded; the weight's row where it is cast. The same of the bias.
+    entry = 4 * wide + hidden_size * ((wide if mixed != cast else 0) + (item if cast else 0))
+    return forward, Bytes(operand + (widest - 1) * item, item, entry)

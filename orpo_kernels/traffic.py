@@ -6,6 +6,9 @@ is, and a logit costs the bytes that the passes between the two products read an
 
     torch path    fp32 written, read twice, operand written and read
     kernels       operand written and read
+
+There a block of the weight's gradient is an fp32 product, written, read and rounded; each further chunk of tokens is a
+product of its own that reads what it adds to.
 """
 
 from __future__ import annotations
@@ -45,6 +48,11 @@ def moved(
         return forward, of_hidden
     recomputed = tokens - keep_rows
     blocks = ceil(vocab_size / backward_block)
-    backward = of_hidden + kept + logits * passes + weight * ceil(recomputed / chunks[1]) + weight  # its gradient
+    # Kept tiles are the kernels' operand as they are.
+    made = (recomputed if full_rows else tokens) * vocab_size
+    backward = of_hidden + kept + made * passes + weight * ceil(recomputed / chunks[1]) + weight  # its gradient
     backward += blocks * (hidden + recomputed * hidden_size * item * (products - 1))
+    if item < 4 and not cpu:
+        sums = ceil(tokens / chunks[1])
+        backward += 4 * vocab_size * hidden_size * 2 * sums
     return forward, backward

@@ -127,10 +127,12 @@ def test_bytes_moved() -> None:
     assert moved() == (2 * hidden + 2 * weight + 2 * tile, 2 * hidden)
     forward, backward = moved(train_weight=True)
     assert forward == moved()[0]
-    # Recomputed: logits from hidden and weight, the tile out and in, hidden again, and the gradient.
-    assert backward == 2 * hidden + (hidden + weight) + 2 * tile + hidden + weight
+    # Recomputed: logits from hidden and weight, the tile out and in, hidden again, the gradient in fp32, out and in,
+    # and rounded.
+    assert backward == 2 * hidden + (hidden + weight) + 2 * tile + hidden + 2 * (4 * v * d) + weight
+    # Kept tiles are read where they lie.
     kept = moved(Plan(keep_logit_grads=True), train_weight=True)
-    assert kept == (forward + tile, backward - hidden - weight + tile)
+    assert kept == (forward + tile, backward - hidden - weight - tile)
     # Plain torch passes fp32 logits around; a CPU keeps them in its cache, and the weight's block.
     assert moved(full_rows=False)[0] == 2 * hidden + 2 * weight + (3 * 4 + 2 * 2) * n * v
     chunks = -(-n // Plan().schedule(n, d, v, torch.bfloat16, "cpu").forward_chunk)
@@ -253,9 +255,59 @@ def test_schedules_hold_what_they_promise(
         return
     assert 1 <= schedule.backward_block <= vocab_size
     assert 1 <= schedule.backward_chunk <= max(tokens, 1)
-    if tokens:
-        count = math.ceil(tokens / schedule.backward_chunk)
-        assert schedule.backward_chunk == math.ceil(tokens / count)
+    for chunk in (schedule.forward_chunk, schedule.backward_chunk):
+        if tokens and not (options["full_rows"] and chunk % 128 == 0):
+            assert chunk == math.ceil(tokens / math.ceil(tokens / chunk))
+
+
+HEADS_OF_MODELS = {
+    "Llama-3-8B": (4096, 128256),
+    "Qwen3-8B": (4096, 151936),
+    "Gemma-2-9B": (3584, 256000),
+    "Gemma-2-2B": (2304, 256000),
+    "Phi-4": (5120, 100352),
+    "Llama-3.2-1B": (2048, 128256),
+    "SmolLM2-135M": (576, 49152),
+    "Mistral-7B": (4096, 32768),
+    "Qwen2.5-3B": (2048, 151936),
+}
+
+
+@pytest.mark.parametrize("tokens", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("model", HEADS_OF_MODELS)
+def test_the_kernels_schedule_of_popular_heads(model: str, tokens: int) -> None:
+    """Heights that a library multiplies at its full rate, and a weight's gradient that is added up in no buffer."""
+    d, v = HEADS_OF_MODELS[model]
+    schedule = Plan().schedule(tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_rows=True)
+    assert schedule.forward_chunk % 256 == 0
+    assert schedule.forward_chunk >= min(tokens, 512)
+    assert schedule.backward_chunk == tokens
+    assert schedule.backward_block >= 4096
+    assert schedule.scratch_bytes <= 384 * MIB
+    # The tile kernel's 128 x 256 tiles on 132 multiprocessors, and what of the last chunk is empty.
+    tiles = [
+        math.ceil(min(schedule.forward_chunk, tokens - start) / 128) * math.ceil(v / 256)
+        for start in range(0, tokens, schedule.forward_chunk)
+    ]
+    whole = tokens * v / (128 * 256 * 132)
+    assert sum(math.ceil(count / 132) for count in tiles) <= 1.1 * whole
+
+
+def test_many_tokens_are_cut_where_they_must_be() -> None:
+    schedule = Plan().schedule(100_000, 4096, 128256, torch.bfloat16, "cuda", train_weight=True, full_rows=True)
+    assert 4096 <= schedule.backward_chunk < 100_000
+    assert schedule.backward_chunk % 256 == 0
+    assert schedule.scratch_bytes <= 384 * MIB
+
+
+def test_a_weight_of_another_dtype_is_copied() -> None:
+    def schedule(**options: bool) -> Schedule:
+        return Plan().schedule(1000, 64, 5000, torch.bfloat16, "cuda", train_weight=True, **options)
+
+    assert schedule(full_rows=True).weight_copy_bytes == 0
+    assert schedule(full_rows=True, cast=True).weight_copy_bytes == 2 * 5000 * 64
+    assert schedule(cast=True).weight_copy_bytes == 0  # The torch path casts blocks, within its scratch.
+    assert "a copy of the weight 0.6 MiB" in str(schedule(full_rows=True, cast=True))
 
 
 @settings(deadline=None, max_examples=50)

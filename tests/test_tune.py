@@ -133,7 +133,7 @@ def test_the_launcher_takes_what_was_tuned_for_the_pass(monkeypatch: pytest.Monk
     assert triton_path._default_config(head, "gradient", 1500) == OTHER
     assert triton_path._default_config(head, "exponentials", 1500) == DEFAULT
     assert triton_path._default_config(head, "gradient", 300) == DEFAULT
-    assert triton_path._default_config(head, "gradient", 1500, bias_gradient=True) not in (OTHER, DEFAULT)
+    assert triton_path._default_config(head, "gradient", 1500, bias_gradient=True) == DEFAULT
 
 
 # ---- the command ----
@@ -164,7 +164,7 @@ def test_shapes_that_do_not_suit_are_not_timed():
     assert DEFAULT in few
     assert {shape.block_c for shape in few if shape != DEFAULT} == {64}
     heavy = tune.suited(CANDIDATES, configs.default(H100, torch.bfloat16, 4096, 4096, True), 4096, True)
-    assert {shape[:4] for shape in heavy} == {(128, 128, 64, 8), (64, 128, 64, 4)}
+    assert {shape[:4] for shape in heavy if shape != DEFAULT} == {(128, 128, 64, 8), (64, 128, 64, 4)}
 
 
 def timings(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def test_the_fastest_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     rows = timings(monkeypatch, {0: 1.5, 1: 1.0, 2: 1.2})
     assert len(rows) == len(CANDIDATES)  # a class is timed once
     assert tune.winners(rows) == {NAME: entry()}
-    assert "1500.00  1000.00    50%  128x256x64, 8 warps, 4 stages, descriptors" in tune.table(rows)
+    assert "1500.00  1000.00    50%  256x128x64, 8 warps, 3 stages, persistent" in tune.table(rows)
     assert tune._keep(rows) == 0
     assert capsys.readouterr().out == f"wrote {cache / 'tiles.json'}\n"
     assert chosen() == OTHER

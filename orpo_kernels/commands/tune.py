@@ -262,7 +262,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{best['problem']:<26}{best['pass']:<15}{before:>11}{1e3 * best['seconds']:>9.2f}{gain:>7}  {shape}, "
             f"{best['config']['num_warps']} warps, {best['config']['num_stages']} stages"
-            + (", descriptors" if best["config"]["descriptors"] else "")
+            + (", persistent" if best["config"]["persistent"] else "")
         )
     refused = {row["reason"] for row in rows if row["reason"]}
     return "\n".join([*lines, *(f"not timed: {reason}" for reason in sorted(refused))])

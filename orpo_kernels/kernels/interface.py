@@ -2,7 +2,7 @@
 
 A backend is a module with two functions:
 
-    forward(tokens, head, schedule, want_u, keep_rows) -> Forward
+    forward(tokens, head, schedule, want_u) -> Forward
     weight_gradient(tokens, head, coefficient, lse, kept, schedule, want_weight, want_bias) -> (dW, db)
 
 The torch path also takes a head with an adapter, and gives that one's gradient beside the others.
@@ -66,7 +66,8 @@ class Kept(NamedTuple):
     """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
 
     values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0, cut into parts [K, P] of whole
-        groups. The kernels' values are that times a constant of theirs.
+        groups. The kernels' lack the f' of a head without a soft-cap, have -S f' for the target's entry, with S the sum
+        of the others over f', and rows that are a little longer than V.
     reference: [K, G] accumulation dtype: column g is the reference of the g-th group of `columns` entries.
     columns: the width of a group.
     """

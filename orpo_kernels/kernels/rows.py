@@ -1,11 +1,12 @@
 """The kernels that work on a row at a time, before and after the tiles.
 
-    target_kernel    z_y = f(h . W[y] + b[y]) in fp32, its slope, and the first `base`
-    sum_kernel       S, and from it  gap = base - z_y + log(S 2^60)  and  L = z_y + gap
+    target_kernel    t_y = z_y log2 e with z_y = f(h . W[y] + b[y]), in fp32, its slope, and the first `base`
+    sum_kernel       S, and from it  gap = (base - t_y + log2 S) log 2  and  L = z_y + gap
     maximum_kernel   `base` of the rows that the slow lane takes
-    u_kernel         u = f'_y W[y] - (E W) / S, rounded once; E W is the sum of P slices' products, in order
+    u_kernel         u = f'_y W[y] - (E W) / S, rounded once
 
-`base` is z_y, and `base - z_y` exactly 0, for every row but those of the slow lane.
+`t_y` and `base` are in units of log 2, as `tile` needs them. `base` is t_y rounded to fp32 for every row but those of
+the slow lane, and what that rounding left, `low`, is kept beside it: `base - t_y` is -low.
 """
 
 from __future__ import annotations
@@ -14,18 +15,14 @@ import triton
 import triton.language as tl
 
 from orpo_kernels.kernels.slow_lane import is_abnormal
-from orpo_kernels.kernels.tile import LOG_SHIFT, SHIFT, bent, hidden_rows, logit, rounded, slope
+from orpo_kernels.kernels.tile import LOG2_E, bent, finite, hidden_rows, log2_above, rounded, slope
 
-
-@triton.jit
-def finite(x):
-    """0 in place of -inf: what to subtract where nothing competes, as -inf - -inf is NaN."""
-    return tl.where(x == -float("inf"), 0.0, x)
+LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(
     do_not_specialize=["C"],
-    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_z_y", "p_slope_y", "p_base"],
+    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_t_y", "p_low", "p_slope_y", "p_base"],
 )
 def target_kernel(
     p_hidden,
@@ -33,7 +30,8 @@ def target_kernel(
     p_weight,
     p_bias,
     p_targets,
-    p_z_y,  # [C] fp32
+    p_t_y,  # [C] fp32
+    p_low,  # [C] fp32
     p_slope_y,  # [C] fp32
     p_base,  # [C] fp32
     stride_hr,
@@ -64,20 +62,28 @@ def target_kernel(
     if p_bias is not None:
         x += tl.load(p_bias + y, mask=m_c, other=0.0).to(tl.float32)
     r = bent(x, logit_scale, softcap)
-    z_y = logit(r, softcap)
-    tl.store(p_z_y + o_c, z_y, mask=m_c)
-    tl.store(p_slope_y + o_c, tl.zeros_like(z_y) + slope(r, logit_scale, softcap), mask=m_c)
-    tl.store(p_base + o_c, finite(z_y), mask=m_c)
+    t_y = log2_above(r, 0.0, logit_scale, softcap)
+    low = tl.zeros_like(t_y)
+    if softcap is None:
+        # The product that `tile` subtracts `base` from in one multiply-add, exactly.
+        factor = tl.full((BC,), logit_scale * LOG2_E, tl.float32)
+        product = x.to(tl.float64) * factor.to(tl.float64)
+        low = tl.where(tl.abs(t_y) < float("inf"), product - t_y.to(tl.float64), 0.0).to(tl.float32)
+    tl.store(p_t_y + o_c, t_y, mask=m_c)
+    tl.store(p_low + o_c, low, mask=m_c)
+    tl.store(p_slope_y + o_c, tl.zeros_like(t_y) + slope(r, logit_scale, softcap), mask=m_c)
+    tl.store(p_base + o_c, finite(t_y), mask=m_c)
 
 
 @triton.jit(
     do_not_specialize=["C", "n_v"],
-    do_not_specialize_on_alignment=["p_base", "p_z_y", "p_gap", "p_lse"],
+    do_not_specialize_on_alignment=["p_base", "p_t_y", "p_low", "p_gap", "p_lse"],
 )
 def sum_kernel(
     p_partial,  # [n_v, C] fp32
     p_base,
-    p_z_y,
+    p_t_y,
+    p_low,
     p_sum,
     p_gap,
     p_lse,
@@ -94,14 +100,14 @@ def sum_kernel(
         p_s = p_partial + o_v.to(tl.int64)[:, None] * C + o_c[None, :]  # [BV, BC]
         S += tl.sum(tl.load(p_s, mask=(o_v < n_v)[:, None] & m_c[None, :], other=0.0), 0)
     base = tl.load(p_base + o_c, mask=m_c, other=0.0)
-    z_y = tl.load(p_z_y + o_c, mask=m_c, other=0.0)
-    # S 2^60 overflows for competitors of more than e^88; then the logarithm is large and cannot cancel.
-    log_sum = tl.where(S < 1.0, tl.log(S / SHIFT), tl.log(S) - LOG_SHIFT)
+    t_y = tl.load(p_t_y + o_c, mask=m_c, other=0.0)
+    low = tl.load(p_low + o_c, mask=m_c, other=0.0)
     tl.store(p_sum + o_c, S, mask=m_c)
     # A target's logit of +inf is an overflow, not certainty.
-    gap = tl.where(z_y == float("inf"), float("nan"), (base - z_y) + log_sum)
+    gap = tl.where(t_y == float("inf"), float("nan"), (base - t_y) * LOG_2 + (tl.log(S) - low * LOG_2))
     tl.store(p_gap + o_c, gap, mask=m_c)
-    tl.store(p_lse + o_c, base + log_sum, mask=m_c)
+    # From `base`, as t_y may be -inf.
+    tl.store(p_lse + o_c, base * LOG_2 + tl.log(S), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["C", "V", "n_v"], do_not_specialize_on_alignment=["p_base"])
@@ -131,18 +137,17 @@ def maximum_kernel(
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["p_targets", "p_slope_y"])
 def u_kernel(
-    p_product,  # [P, C, D] fp32: E W of P slices of the vocabulary
+    p_product,  # [C, D] fp32: E W
     p_weight,
     p_targets,
     p_slope_y,
     p_sum,
-    p_u,  # [C, D]; may be p_product where P = 1
+    p_u,  # [C, D]; may be p_product
     stride_wv,
     stride_wd,
     C,
     D,
-    P,
-    factor,
+    factor,  # the part of f' that exponentials do not have
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -156,10 +161,6 @@ def u_kernel(
     p_w = p_weight + y[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
     w = tl.load(p_w, mask=m, other=0.0).to(tl.float32)
     o = o_c.to(tl.int64)[:, None] * D + o_d[None, :]
-    product = tl.zeros((BC, BD), dtype=tl.float32)
-    for _ in range(P):
-        product += tl.load(p_product + o, mask=m, other=0.0)
-        p_product += tl.cast(C, tl.int64) * D
     # Without competitors there is nothing to divide.
-    product *= tl.where(S == 0.0, 0.0, factor / S)[:, None]
+    product = tl.load(p_product + o, mask=m, other=0.0) * tl.where(S == 0.0, 0.0, factor / S)[:, None]
     tl.store(p_u + o, rounded(slope_y[:, None] * w - product, p_u.dtype.element_ty), mask=m)

@@ -1,15 +1,15 @@
 """Rows whose competitors weigh too little or too much beside the target for the range of `tile`.
 
 The first pass over the tiles takes the target's logit for `base` and leaves `S`, each row's sum of
-`e^(z - base) 2^-60`. Where it tells that numbers vanished or overflowed (`is_abnormal`), the row is computed
+`e^(z - base)`. Where it tells that numbers vanished or overflowed (`is_abnormal`), the row is computed
 again relative to its own largest competitor:
 
     slow_kernel(MAXIMA)         the row's maximum in each tile, [ceil(V / BV), C]
     rows.maximum_kernel         base = the largest of them
-    slow_kernel(EXPONENTIALS)   its sums and, where they are stored, its exponentials, between 0 and 2^-60
+    slow_kernel(EXPONENTIALS)   its sums and, where they are stored, its exponentials, between 0 and 1
 
 after which everything that follows from `base` and `S` holds for it as for any other row, its competitors
-down to 2^-66 of the largest included. Nothing is read back to the host: the kernels are always launched, and
+down to 2^-126 of the largest included. Nothing is read back to the host: the kernels are always launched, and
 a program returns at once unless one of its BC tokens is abnormal. So that this costs little, a grid has only
 SLICES programs for BC tokens, each of which goes through its share of the tiles.
 
@@ -23,7 +23,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from orpo_kernels.kernels.tile import bent_tile, competes, logit, store_exponentials
+from orpo_kernels.kernels.tile import (
+    bent,
+    competes,
+    exponentials,
+    log2_above,
+    product_tile,
+    slope,
+    store_tile,
+    with_bias,
+)
 
 MAXIMA = tl.constexpr(3)
 
@@ -76,13 +85,19 @@ def slow_kernel(
     base = tl.load(p_base + o_c, mask=m_slow, other=float("inf"))
     for i_v in range(tl.program_id(1), tl.cdiv(V, BV), SLICES):
         o_v = i_v * BV + tl.arange(0, BV)
-        r = bent_tile(
-            p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
-            logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION, False, False,
+        x = product_tile(
+            p_hidden, p_rows, p_weight, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
+            BC, BV, BD, EVEN_D, PRECISION, False,
         )  # fmt: skip
         p_out = p_partial + tl.cast(i_v, tl.int64) * C
         if EPILOGUE == MAXIMA:
-            z = tl.where(competes(y, o_v, V), logit(r, softcap), -float("inf"))
-            tl.store(p_out + o_c, tl.max(z, 1), mask=m_slow)
+            t = log2_above(bent(with_bias(x, p_bias, o_v, V), logit_scale, softcap), 0.0, logit_scale, softcap)
+            t = tl.where(competes(y, o_v, V), t, -float("inf"))
+            tl.store(p_out + o_c, tl.max(t, 1), mask=m_slow)
         else:
-            store_exponentials(p_tile, p_out, stride_t, r, base, y, o_c, o_v, m_slow, V, logit_scale, softcap)
+            e, r = exponentials(x, p_bias, y, base, i_v * BV, V, logit_scale, softcap, BV)
+            tl.store(p_out + o_c, tl.sum(e, 1), mask=m_slow)
+            if p_tile is not None:
+                if softcap is not None:
+                    e = e * slope(r, logit_scale, softcap)
+                store_tile(p_tile, stride_t, e, o_c, o_v, m_slow)

@@ -1,30 +1,34 @@
 """One tile of logits, and what each pass does with it before it leaves the chip.
 
-A program makes one tile `z = f(W h + b)` of [BC, BV] logits, `f(x) = logit_scale * x` or, with a soft-cap,
-`cap * tanh(logit_scale * x / cap)`, and ends in an *epilogue*. Every epilogue sees competitors only: the
-target's own column is masked like the columns past the end of the vocabulary. With `z_y` the target's logit,
-which a row dot made before, and `base = z_y`:
+A program makes tiles `x = W h + b` of [BC, BV], from which `z = f(x)` follows, `f(x) = logit_scale * x` or, with a
+soft-cap, `cap * tanh(logit_scale * x / cap)`. What is stored of it is the *epilogue*. With `z_y` the target's logit,
+which a row dot made before, and `base = z_y`, both in units of log 2 (`t = z log2 e`):
 
-    SUMS          sum over the tile's columns of  e^(z - base) 2^-60
-    EXPONENTIALS  the same, and the tile  e^(z - base) 2^-60 * f'  itself, rounded once
-    GRADIENT      c s (onehot(y) - q) f'  with  q = e^(z - L), rounded once; for the bias, its column sums
+    SUMS          sum over the tile's columns, the target's left out, of  2^(t - base)
+    EXPONENTIALS  the same, and the tile  2^(t - base) * f'  itself, rounded once, 0 at the target
+    GRADIENT      c s (onehot(y) - q) f'  with  q = 2^(t - L log2 e), rounded once; for the bias, its column sums
 
 Row sums go to one slot a tile, [ceil(V / BV), C], and another kernel adds them up in order: no atomics, so
-the same inputs give the same bits. From `S`, their sum, `L = base + log(S 2^60)` and `gap = log(S 2^60)`:
-the target's own term never enters the sum, so a sure token's gap is as exact as its competitors.
+the same inputs give the same bits. From `S`, their sum, `gap = log S` and `L = z_y + gap`: the target's own term
+never enters the sum, so a sure token's gap is as exact as its competitors.
 
-**Range.** The factor 2^-60 moves the numbers that fp32 and bf16 hold to where tokens are: competitors that
-together weigh 2^-33 (1e-10, at V = 2^17) to 2^160 (e^111) times the target. Within `V 2^-110 <= S <= 2^100`
-nothing is lost: V numbers smaller than 2^-126, which may vanish, are together below 2^-16 of S, and a weight
-may multiply the stored values by 2^-16 or 2^27. Rows outside are left to `slow_lane`.
-The power is written `(e2 2^-60) e2` with `e2 = e^((z - base) / 2)`: 60 subtracted in the exponent would round
-up to 4e-6 off every value near the target.
+**Few instructions a logit.** A multiply-add makes `x logit_scale log2 e - base`, the exponential unit takes its power
+of two, and for the gradient one more multiplication brings the coefficient. Only tiles that hold a target of theirs, or
+reach past the vocabulary, compare columns: one branch that all threads of a program take together.
+What the multiply-add's `base` loses to rounding, up to 2e-6, `rows` puts back into the sum's logarithm.
+
+**Range.** fp32 and bf16 hold 2^-126 to 2^127. Within `V 2^-110 <= S <= 2^100` nothing is lost: V numbers smaller
+than 2^-126, which may vanish, are together below 2^-16 of S, and a weight may multiply the stored values by 2^-16
+or 2^27. At V = 2^17 that is a gap from -64 (1 - p = 1e-28) to 69. Rows outside are left to `slow_lane`.
 
 **Slope.** Without a soft-cap f' is logit_scale everywhere and is left out of EXPONENTIALS (whoever divides by
 S multiplies by it). With one, f' varies, and multiplies the stored value but never the sum.
 
-Programs run through GROUP blocks of tokens for one block of the vocabulary, then on to the next: what a wave
-of programs reads (a few blocks of the weight, GROUP of the hidden rows) stays in the L2 cache.
+**Order.** Tiles go through GROUP blocks of tokens for one block of the vocabulary, then on to the next: what is
+read at a time (a few blocks of the weight, GROUP of the hidden rows) stays in the L2 cache. A *persistent* kernel has
+one program a multiprocessor, which goes from tile to tile (PROGRAMS of them), so that the next tile's operands are
+on their way during this one's epilogue. Its loads and stores are the tensor memory unit's (descriptors), the stores
+in halves of a tile: what waits in shared memory to be stored takes the room of operands.
 """
 
 from __future__ import annotations
@@ -36,8 +40,6 @@ SUMS = tl.constexpr(0)
 EXPONENTIALS = tl.constexpr(1)
 GRADIENT = tl.constexpr(2)
 
-SHIFT = tl.constexpr(2.0**-60)
-LOG_SHIFT = tl.constexpr(-41.58883083359672)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Kernels are interpreted or compiled as of the moment their module is imported.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -58,22 +60,22 @@ def rounded(x, dtype: tl.constexpr):
 def bent(x, logit_scale, softcap):
     """What z and f' both follow from, one number a logit: there are registers for no more.
 
-    x: `W h + b`. Without a soft-cap it is z itself; with one, `r = 1 / (1 + e^(2 logit_scale x / cap))`.
+    x: `W h + b`, and without a soft-cap returned as it is; with one, `r = 1 / (1 + e^(2 logit_scale x / cap))`.
     """
-    a = x * logit_scale
     if softcap is not None:
-        return 1.0 / (1.0 + tl.exp2(a * (2.0 * LOG2_E / softcap)))
+        return 1.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E * logit_scale / softcap)))
     else:
-        return a
+        return x
 
 
 @triton.jit
-def logit(r, softcap):
-    """z, within 4e-7 of cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
+def log2_above(r, reference, logit_scale, softcap):
+    """`z log2 e - reference`, within 4e-7 of the cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
     if softcap is not None:
-        return softcap - (2.0 * softcap) * r
+        cap = softcap * LOG2_E
+        return (cap - (2.0 * cap) * r) - reference
     else:
-        return r
+        return r * (logit_scale * LOG2_E) - reference
 
 
 @triton.jit
@@ -86,6 +88,12 @@ def slope(r, logit_scale, softcap):
 
 
 @triton.jit
+def finite(x):
+    """0 in place of -inf: what to subtract where nothing competes, as -inf - -inf is NaN."""
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
 def hidden_rows(p_rows, o_c, C):
     """The int64 rows of `hidden` that the tokens `o_c` come from; past the end, the last token's."""
     o_c = tl.minimum(o_c, C - 1)
@@ -95,11 +103,10 @@ def hidden_rows(p_rows, o_c, C):
 
 
 @triton.jit
-def bent_tile(
+def product_tile(
     p_hidden,
     p_rows,
     p_weight,
-    p_bias,
     stride_hr,
     stride_hd,
     stride_wv,
@@ -109,63 +116,96 @@ def bent_tile(
     C,
     V,
     D,
-    logit_scale,
-    softcap,
     BC: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIBED_H: tl.constexpr,
-    DESCRIBED_W: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """`bent` logits [BC, BV] of the i_c-th block of tokens and the i_v-th of the vocabulary.
+    """`W h` [BC, BV] of the i_c-th block of tokens and the i_v-th of the vocabulary.
 
-    DESCRIBED_H, DESCRIBED_W: whether `p_hidden` and `p_weight` are descriptors, of [BC, BD] and [BV, BD] blocks. What
-    is past the end is zero in those; otherwise it repeats the last token or entry.
+    DESCRIBED: `p_hidden` and `p_weight` are descriptors, of [BC, BD] and [BV, BD] blocks. What is past the end is
+    zero in those; otherwise it repeats the last token or entry.
     """
-    o_c = i_c * BC + tl.arange(0, BC)
-    columns = tl.minimum(i_v * BV + tl.arange(0, BV), V - 1)
-    o_d = tl.arange(0, BD).to(tl.int64)
-    if not DESCRIBED_H:
-        rows = hidden_rows(p_rows, o_c, C)
+    if not DESCRIBED:
+        rows = hidden_rows(p_rows, i_c * BC + tl.arange(0, BC), C)
+        columns = tl.minimum(i_v * BV + tl.arange(0, BV), V - 1)
+        o_d = tl.arange(0, BD).to(tl.int64)
         p_h = p_hidden + rows[:, None] * stride_hr + o_d[None, :] * stride_hd  # [BC, BD]
-    if not DESCRIBED_W:
         p_w = p_weight + columns.to(tl.int64)[None, :] * stride_wv + o_d[:, None] * stride_wd  # [BD, BV]
     x = tl.zeros((BC, BV), dtype=tl.float32)
     for d in range(0, D, BD):
-        m_d = d + tl.arange(0, BD) < D
-        if DESCRIBED_H:
+        if DESCRIBED:
             h = p_hidden.load([i_c * BC, d])
-        elif EVEN_D:
-            h = tl.load(p_h)
-        else:
-            h = tl.load(p_h, mask=m_d[None, :], other=0.0)
-        if DESCRIBED_W:
             w = tl.trans(p_weight.load([i_v * BV, d]))
         elif EVEN_D:
+            h = tl.load(p_h)
             w = tl.load(p_w)
         else:
+            m_d = d + tl.arange(0, BD) < D
+            h = tl.load(p_h, mask=m_d[None, :], other=0.0)
             w = tl.load(p_w, mask=m_d[:, None], other=0.0)
         if INTERPRETED:
             # Its dot takes bf16 for integers.
             h = h.to(tl.float32)
             w = w.to(tl.float32)
         x = tl.dot(h, w, x, input_precision=PRECISION)
-        if not DESCRIBED_H:
+        if not DESCRIBED:
             p_h += tl.cast(BD, tl.int64) * stride_hd
-        if not DESCRIBED_W:
             p_w += tl.cast(BD, tl.int64) * stride_wd
-    if p_bias is not None:
-        x += tl.load(p_bias + columns).to(tl.float32)[None, :]
-    return bent(x, logit_scale, softcap)
+    return x
 
 
 @triton.jit
-def shifted_exponentials(z, base):
-    """`e^(z - base) 2^-60`."""
-    e2 = tl.exp2((z - base) * (0.5 * LOG2_E))
-    return (e2 * SHIFT) * e2
+def with_bias(x, p_bias, o_v, V):
+    if p_bias is not None:
+        x += tl.load(p_bias + tl.minimum(o_v, V - 1)).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def competes(y, o_v, V):
+    """[BC, W]: not the target `y`, nor past the end of the vocabulary."""
+    return (o_v[None, :] != y[:, None]) & (o_v < V)[None, :]
+
+
+@triton.jit
+def has_target(y, first, W: tl.constexpr):
+    """Whether any of the targets [BC] is one of the W entries from `first` on."""
+    return tl.max(((y >= first) & (y < first + W)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def exponentials(x, p_bias, y, base, first, V, logit_scale, softcap, W: tl.constexpr):
+    """Exponentials of competitors [BC, W], 0 elsewhere, and the `bent` numbers that their slopes follow from.
+
+    x: `W h` for W entries of the vocabulary from `first` on. base: [BC].
+    """
+    o_v = first + tl.arange(0, W)
+    r = bent(with_bias(x, p_bias, o_v, V), logit_scale, softcap)
+    t = log2_above(r, base[:, None], logit_scale, softcap)
+    if has_target(y, first, W) | (first + W > V):
+        t = tl.where(competes(y, o_v, V), t, -float("inf"))
+    return tl.exp2(t), r
+
+
+@triton.jit
+def gradient(x, p_bias, y, lse, c_s, first, V, logit_scale, softcap, W: tl.constexpr):
+    """`c s (onehot(y) - q) f'` [BC, W] from `x` as in `exponentials`. lse: [BC], in units of log 2."""
+    o_v = first + tl.arange(0, W)
+    r = bent(with_bias(x, p_bias, o_v, V), logit_scale, softcap)
+    q = tl.exp2(log2_above(r, lse[:, None], logit_scale, softcap))
+    if softcap is not None:
+        f = slope(r, logit_scale, softcap)
+        g = (-c_s)[:, None] * (q * f)
+        if has_target(y, first, W):
+            g = tl.where(o_v[None, :] == y[:, None], c_s[:, None] * f, g)
+    else:
+        g = q * (c_s * -logit_scale)[:, None]
+        if has_target(y, first, W):
+            g = tl.where(o_v[None, :] == y[:, None], (c_s * logit_scale)[:, None], g)
+    return g
 
 
 @triton.jit
@@ -176,30 +216,166 @@ def store_tile(p_tile, stride_t, tile, o_c, o_v, m_c):
 
 
 @triton.jit
-def competes(y, o_v, V):
-    """[BC, BV]: not the target `y`, nor past the end of the vocabulary."""
-    return (o_v[None, :] != y[:, None]) & (o_v < V)[None, :]
-
-
-@triton.jit
-def store_exponentials(p_tile, p_sums, stride_t, r, base, y, o_c, o_v, m_c, V, logit_scale, softcap):
-    """Row sums of the tile's exponentials, and the tile where `p_tile` is not None, for the rows in `m_c`."""
-    e = shifted_exponentials(logit(r, softcap), base[:, None])
-    e = tl.where(competes(y, o_v, V), e, 0.0)
-    tl.store(p_sums + o_c, tl.sum(e, 1), mask=m_c)
-    if p_tile is not None:
-        if softcap is not None:
-            e = e * slope(r, logit_scale, softcap)
-        store_tile(p_tile, stride_t, e, o_c, o_v, m_c)
-
-
-@triton.jit
 def tile_of(program, n_c, n_v, GROUP: tl.constexpr):
-    """Which block of tokens and of the vocabulary a program takes: GROUP blocks of tokens at a time."""
+    """Which block of tokens and of the vocabulary is the program's: GROUP blocks of tokens at a time."""
     group = program // (GROUP * n_v)
     size = tl.minimum(n_c - group * GROUP, GROUP)
     within = program - group * (GROUP * n_v)
     return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def finish(
+    x,
+    p_bias,
+    p_tile,
+    p_sums,
+    stride_t,
+    y,
+    reference,
+    c_s,
+    i_c,
+    first,
+    C,
+    V,
+    n_v,
+    logit_scale,
+    softcap,
+    EPILOGUE: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    W: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """The epilogue of W columns of a tile; returns their row sums (GRADIENT: zeros, it stores the columns' itself)."""
+    o_c = i_c * BC + tl.arange(0, BC)
+    if EPILOGUE == GRADIENT:
+        tile = gradient(x, p_bias, y, reference, c_s, first, V, logit_scale, softcap, W)
+        sums = tl.zeros((BC,), dtype=tl.float32)
+        if p_sums is not None:
+            p_columns = p_sums + i_c.to(tl.int64) * (n_v * BV) + first
+            tl.store(p_columns + tl.arange(0, W), tl.sum(tile, 0))
+    else:
+        tile, r = exponentials(x, p_bias, y, reference, first, V, logit_scale, softcap, W)
+        sums = tl.sum(tile, 1)
+        if p_tile is not None and softcap is not None:
+            tile = tile * slope(r, logit_scale, softcap)
+    if p_tile is not None:
+        if DESCRIBED:
+            p_tile.store([i_c * BC, first], rounded(tile, p_tile.dtype))
+        else:
+            store_tile(p_tile, stride_t, tile, o_c, first + tl.arange(0, W), o_c < C)
+    return sums
+
+
+@triton.jit
+def halved(x, BC: tl.constexpr, W: tl.constexpr):
+    """The left and the right half of the columns of x [BC, W]."""
+    return tl.split(tl.permute(tl.reshape(x, (BC, 2, W // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish_halves(
+    x,
+    p_bias,
+    p_tile,
+    p_sums,
+    stride_t,
+    y,
+    reference,
+    c_s,
+    i_c,
+    first,
+    C,
+    V,
+    n_v,
+    logit_scale,
+    softcap,
+    EPILOGUE: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    W: tl.constexpr,
+):
+    """`finish` of W columns, one half after the other, stored by descriptor."""
+    left, right = halved(x, BC, W)
+    sums = finish(
+        left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+        logit_scale, softcap, EPILOGUE, BC, BV, W // 2, True,
+    )  # fmt: skip
+    return sums + finish(
+        right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + W // 2, C, V, n_v,
+        logit_scale, softcap, EPILOGUE, BC, BV, W // 2, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def make_tile(
+    i,
+    p_hidden,
+    p_rows,
+    p_weight,
+    p_bias,
+    p_targets,
+    p_reference,
+    p_coefficient,
+    p_tile,
+    p_sums,
+    stride_hr,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_t,
+    v_start,
+    C,
+    V,
+    D,
+    logit_scale,
+    softcap,
+    EPILOGUE: tl.constexpr,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """The i-th tile, product and epilogue."""
+    n_c, n_v = tl.cdiv(C, BC), tl.cdiv(V, BV)
+    i_c, i_v = tile_of(i, n_c, n_v, GROUP)
+    x = product_tile(
+        p_hidden, p_rows, p_weight, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
+        BC, BV, BD, EVEN_D, PRECISION, PERSISTENT,
+    )  # fmt: skip
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    y = (tl.load(p_targets + o_c, mask=m_c, other=-1) - v_start).to(tl.int32)
+    # Rows past the end repeat the last token or are zero: a reference of inf makes all they add zero.
+    reference = tl.load(p_reference + o_c, mask=m_c, other=float("inf"))
+    c_s = reference
+    if EPILOGUE == GRADIENT:
+        # L is -inf where there is no competitor; z is too, or it is the target.
+        reference = finite(reference) * LOG2_E
+        c_s = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
+    first = i_v * BV
+    if PERSISTENT:
+        # In quarters: registers and shared memory for no more of it at a time.
+        left, right = halved(x, BC, BV)
+        sums = finish_halves(
+            left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+            logit_scale, softcap, EPILOGUE, BC, BV, BV // 2,
+        )  # fmt: skip
+        sums += finish_halves(
+            right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + BV // 2, C, V, n_v,
+            logit_scale, softcap, EPILOGUE, BC, BV, BV // 2,
+        )  # fmt: skip
+    else:
+        sums = finish(
+            x, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+            logit_scale, softcap, EPILOGUE, BC, BV, BV, False,
+        )  # fmt: skip
+    if EPILOGUE != GRADIENT:
+        tl.store(p_sums + i_v.to(tl.int64) * C + o_c, sums, mask=m_c)
 
 
 # Slices of the tokens' own numbers start anywhere: one compiled kernel serves them all.
@@ -215,7 +391,7 @@ def tile_kernel(
     p_targets,  # [C] int64
     p_reference,  # [C] fp32: `base`; for GRADIENT, L
     p_coefficient,  # [C] fp32, `c s`: GRADIENT only
-    p_tile,  # [C, n_v BV]: EXPONENTIALS and GRADIENT
+    p_tile,  # [C, n_v BV], for EXPONENTIALS and GRADIENT; a descriptor of [BC, BV / 4] blocks if PROGRAMS
     p_sums,  # fp32: of rows [n_v, C]; for GRADIENT of columns [n_c, n_v BV], or None
     stride_hr,
     stride_hd,
@@ -235,31 +411,19 @@ def tile_kernel(
     GROUP: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIBED_H: tl.constexpr,
-    DESCRIBED_W: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # of a persistent kernel, whose operands are descriptors; 0: a program a tile
 ):
-    n_c, n_v = tl.cdiv(C, BC), tl.cdiv(V, BV)
-    i_c, i_v = tile_of(tl.program_id(0), n_c, n_v, GROUP)
-    o_c = i_c * BC + tl.arange(0, BC)
-    o_v = i_v * BV + tl.arange(0, BV)
-    m_c = o_c < C
-    r = bent_tile(
-        p_hidden, p_rows, p_weight, p_bias, stride_hr, stride_hd, stride_wv, stride_wd, i_c, i_v, C, V, D,
-        logit_scale, softcap, BC, BV, BD, EVEN_D, PRECISION, DESCRIBED_H, DESCRIBED_W,
-    )  # fmt: skip
-    y = (tl.load(p_targets + o_c, mask=m_c, other=0) - v_start).to(tl.int32)
-    # Rows past the end repeat the last token: a reference of inf makes all they add zero.
-    reference = tl.load(p_reference + o_c, mask=m_c, other=float("inf"))
-
-    if EPILOGUE == GRADIENT:
-        c = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
-        # L is -inf where there is no competitor; z is too, or it is the target.
-        q = tl.exp(logit(r, softcap) - tl.where(reference == -float("inf"), 0.0, reference)[:, None])
-        g = c[:, None] * (slope(r, logit_scale, softcap) * tl.where(o_v[None, :] == y[:, None], 1.0, -q))
-        store_tile(p_tile, stride_t, g, o_c, o_v, m_c)
-        if p_sums is not None:
-            p_sums += i_c.to(tl.int64) * (n_v * BV)
-            tl.store(p_sums + o_v, tl.sum(g, 0))
+    if PROGRAMS:
+        n_tiles = tl.cdiv(C, BC) * tl.cdiv(V, BV)
+        for i in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
+            make_tile(
+                i, p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums,
+                stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
+                EPILOGUE, BC, BV, BD, GROUP, EVEN_D, PRECISION, True,
+            )  # fmt: skip
     else:
-        p_sums += i_v.to(tl.int64) * C
-        store_exponentials(p_tile, p_sums, stride_t, r, reference, y, o_c, o_v, m_c, V, logit_scale, softcap)
+        make_tile(
+            tl.program_id(0), p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums,
+            stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
+            EPILOGUE, BC, BV, BD, GROUP, EVEN_D, PRECISION, False,
+        )  # fmt: skip

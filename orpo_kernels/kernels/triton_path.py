@@ -6,17 +6,18 @@ Forward, for a chunk of tokens:
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and gap
     slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
-    E W             by the library, in fp32, in slices of the vocabulary where C D alone would not fill the card
-    u_kernel        u = f'_y W[y] - (E W) / S, the slices added in order
+    E W             by the library, in fp32
+    u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
 
-Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel (rows
-whose exponentials were kept need no product for it), then `G^T H` by the library, in fp32, rounded once.
+Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel, then `G^T H` by
+the library, in fp32, rounded once. Tokens whose exponentials were kept need no G: a row of it is -c s / S times a row
+of E, and that factor goes to the rows of H once for all blocks, `E^T (-c s / S H)`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
-from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SHIFT, SUMS, tile_kernel
+from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
 from orpo_kernels.kernels.torch_path import _chunks, _has_mixed_product
 from orpo_kernels.plan import Schedule
 
@@ -37,8 +38,6 @@ from orpo_kernels.plan import Schedule
 _SLICES = 64
 # How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
-# Slices of the vocabulary begin at multiples of this, which keeps a library's loads wide.
-_ALIGNED = 64
 # Stated, as Triton's default changes between versions.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -67,8 +66,6 @@ def forward(
     schedule: one made with `full_rows=True`: a chunk's exponentials span the vocabulary. ValueError if not.
     config: the tile's shape; None takes the tuned one, or the device's default.
 
-    What is kept are the exponentials of `tile`, relative to their base and 2^-60 small: the constant would cost
-    a reference of its own size the last digits that a sum in fp32 leaves.
     """
     n, d, v = tokens.targets.numel(), head.weight.shape[1], head.weight.shape[0]
     device, dtype = head.weight.device, head.compute_dtype
@@ -93,22 +90,25 @@ def forward(
         for chunk in _chunks(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
+            keeps = kept is not None and chunk.start < keep
             tile = None
-            if chunk.start < keep and kept is not None:
-                tile = kept.values[0][chunk]
+            if kept is not None and keeps:
+                tile = kept.values[0][chunk, :v]
             elif want_u:
-                tile = scratch[: y.numel()]
-            z_y, slope_y, base = launch.targets(hidden, rows, y)
+                tile = scratch[: y.numel(), :v]
+            target, slope_y, base = launch.targets(hidden, rows, y)
             partial = launch.sums(hidden, rows, y, base, tile)
-            total = launch.total(partial, base, z_y, gap[chunk], lse[chunk])
+            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
             launch.slow_lane(hidden, rows, y, base, total, tile, partial)
-            total = launch.total(partial, base, z_y, gap[chunk], lse[chunk])
-            if chunk.start < keep and kept is not None:
-                kept.reference[chunk, 0] = base
+            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
             if u is not None and tile is not None:
-                products = _slice_products(tile, launch.weight, schedule.u_slices, u[chunk])
-                launch.finish_u(products, y, slope_y, total, u[chunk])
-                del products
+                product = _add_product(None, tile, launch.weight, u[chunk])
+                launch.finish_u(product, y, slope_y, total, u[chunk])
+                del product
+            if kept is not None and keeps and tile is not None:
+                kept.reference[chunk, 0] = base * math.log(2)
+                own = -total * (slope_y / launch.left_out)
+                tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
             del hidden, partial  # Before the next chunk's are made.
     return Forward(gap, lse, u, kept)
 
@@ -131,43 +131,73 @@ def weight_gradient(
     1 - p(target). head.weight may be of another dtype than the compute dtype: a block at a time is cast.
     """
     n, v = tokens.targets.numel(), head.weight.shape[0]
-    device = head.weight.device
-    d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
-    d_bias = torch.zeros_like(head.bias) if want_bias and head.bias is not None else None
+    device, dtype, wide = head.weight.device, head.compute_dtype, torch.float32
+    d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     if n == 0 or (d_weight is None and d_bias is None):
-        return d_weight, d_bias
-    dtype, wide = head.compute_dtype, torch.float32
-    keep = kept.reference.shape[0] if kept is not None else 0
+        return tuple(None if d is None else d.zero_() for d in (d_weight, d_bias))  # type: ignore[return-value]
     chunk_size, block = min(schedule.backward_chunk, n), min(schedule.backward_block, v)
+    keep = kept.reference.shape[0] if kept is not None else 0
     config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
-    whole = _gathered(tokens, slice(0, n), dtype) if chunk_size == n else None
-    buffer = _tile_buffer(chunk_size, block, dtype, device, config)
+    factors = None if kept is None else _kept_factors(head, coefficient, lse, kept)
+    chunks = list(_chunks(n, chunk_size, keep))
+
+    def operand(chunk: slice) -> Tensor:
+        """Rows of hidden [C, D], those of kept tokens times their factors."""
+        rows = _gathered(tokens, chunk, dtype)
+        if factors is None or chunk.start >= keep:
+            return rows
+        return torch.mul(rows, factors[chunk, None], out=torch.empty(rows.shape, dtype=dtype, device=device))
 
     with _on(device):
+        # Rows that serve every block are made once.
+        ready = [operand(chunk) for chunk in chunks] if n == chunk_size else None
+        buffer = _tile_buffer(min(chunk_size, n - keep), block, dtype, device, config)
         for columns in _chunks(v, block):
-            launch = _Launcher(head, config, columns)
+            launch = _Launcher(head, config, columns) if keep < n else None
+            width = columns.stop - columns.start
             dest = d_weight[columns] if d_weight is not None else None
             total: Tensor | None = None
             total_bias = None
             if d_bias is not None:
-                total_bias = torch.zeros(columns.stop - columns.start, dtype=wide, device=device)
-            for chunk in _chunks(n, chunk_size):
-                hidden = _gathered(tokens, chunk, dtype) if whole is None else whole
-                g = buffer[: hidden.shape[0], : columns.stop - columns.start]
-                for part in _chunks(chunk.stop - chunk.start, chunk_size, max(keep - chunk.start, 0)):
-                    t = slice(chunk.start + part.start, chunk.start + part.stop)
-                    about = (hidden[part], tokens.targets[t], coefficient[t], lse[t], g[part], total_bias)
-                    if kept is not None and t.start < keep:
-                        launch.kept_gradient(kept.at(t, columns), kept.reference[t, 0], *about)
-                    else:
-                        launch.gradient(*about)
+                total_bias = torch.zeros(width, dtype=wide, device=device)
+            for i, chunk in enumerate(chunks):
+                rows = operand(chunk) if ready is None else ready[i]
+                g = buffer
+                if kept is not None and factors is not None and chunk.start < keep:
+                    g = kept.at(chunk, columns)
+                    if total_bias is not None:
+                        total_bias += _weighted_sums(g, factors[chunk])
+                elif launch is not None:
+                    g = buffer[: chunk.stop - chunk.start, :width]
+                    launch.gradient(rows, tokens.targets[chunk], coefficient[chunk], lse[chunk], g, total_bias)
                 if dest is not None:
-                    total = _add_product(total, g.t(), hidden, dest)
+                    total = _add_product(total, g.t(), rows, dest)
             if dest is not None and total is not None and total is not dest:
                 dest.copy_(total)
             if d_bias is not None and total_bias is not None:
                 d_bias[columns] = total_bias
     return d_weight, d_bias
+
+
+def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: Kept) -> Tensor:
+    """What kept exponentials [K, V] miss to be rows of G: -c s f' / S without a soft-cap, where f' is a number."""
+    keep = len(kept.reference)
+    # L is -inf where nothing competes, and the kept values are 0.
+    lse = torch.where(lse[:keep] == -torch.inf, 0.0, lse[:keep])
+    slope = head.logit_scale if head.softcap is None else 1.0
+    return torch.exp(kept.reference[:, 0] - lse) * (-slope * coefficient[:keep])
+
+
+def _weighted_sums(tile: Tensor, factors: Tensor) -> Tensor:
+    """[V] fp32: the columns' sums of the tile [K, V], its rows times fp32 factors [K]."""
+    parts: list[Tensor] = []
+    left = factors
+    while len(parts) < (1 if tile.dtype == torch.float32 else 3):  # 3 x 8 bits are all of an fp32 factor's
+        parts.append(left.to(tile.dtype))
+        left = left - parts[-1].float()
+    weights = torch.stack(parts, 1)
+    return _add_product(None, tile.t(), weights, factors.new_empty(tile.shape[1], weights.shape[1])).sum(1)
 
 
 class _Launcher:
@@ -182,6 +212,8 @@ class _Launcher:
         self.V, self.D = self.weight.shape
         self.n_v = triton.cdiv(self.V, config.block_v)
         self.transform = (head.logit_scale, head.softcap)
+        # The part of f' that stored exponentials do not have.
+        self.left_out = head.logit_scale if head.softcap is None else 1.0
         self.shape = {
             "BC": config.block_c,
             "BV": config.block_v,
@@ -194,14 +226,14 @@ class _Launcher:
         }
 
     def targets(self, hidden: Tensor, rows: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_y, its slope f' and the first base of each row, each [C]."""
-        z_y, slope_y, base = torch.empty(3, y.numel(), dtype=torch.float32, device=y.device)
+        """z_y log2 e [2, C], rounded to fp32 and what that left; its slope f' and the first base of each row [C]."""
+        numbers = torch.empty(4, y.numel(), dtype=torch.float32, device=y.device)
         target_kernel[(triton.cdiv(y.numel(), 4),)](
-            hidden, rows, self.weight, self.bias, y, z_y, slope_y, base,
+            hidden, rows, self.weight, self.bias, y, *numbers,
             *hidden.stride(), *self.weight.stride(), y.numel(), self.D, *self.transform,
             BC=4, BD=512, **_OPTIONS,
         )  # fmt: skip
-        return z_y, slope_y, base
+        return numbers[:2], numbers[2], numbers[3]
 
     def sums(self, hidden: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, tile: Tensor | None) -> Tensor:
         """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None."""
@@ -210,11 +242,13 @@ class _Launcher:
         self._tiles(epilogue, hidden, rows, y, base, None, tile, partial)
         return partial
 
-    def total(self, partial: Tensor, base: Tensor, z_y: Tensor, gap: Tensor, lse: Tensor) -> Tensor:
+    def total(self, partial: Tensor, base: Tensor, target: Tensor, gap: Tensor, lse: Tensor) -> Tensor:
         """S [C]; writes gap and lse [C]."""
         total = torch.empty_like(base)
         c = total.numel()
-        sum_kernel[(triton.cdiv(c, 32),)](partial, base, z_y, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS)
+        sum_kernel[(triton.cdiv(c, 32),)](
+            partial, base, *target, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS
+        )  # fmt: skip
         return total
 
     def slow_lane(
@@ -246,12 +280,12 @@ class _Launcher:
         maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
         launch(EXPONENTIALS, tile)
 
-    def finish_u(self, products: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
-        """u [C, D] from products [P, C, D] in fp32 that add up to E W; a single one may be the same memory."""
+    def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
+        """u [C, D] from the product E W [C, D] in fp32, which may be the same memory."""
         grid = (triton.cdiv(y.numel(), 8), triton.cdiv(self.D, 256))
         u_kernel[grid](
-            products, self.weight, y, slope_y, total, u, *self.weight.stride(), y.numel(), self.D, len(products),
-            self._left_out, BC=8, BD=256, **_OPTIONS,
+            product, self.weight, y, slope_y, total, u, *self.weight.stride(), y.numel(), self.D, self.left_out,
+            BC=8, BD=256, **_OPTIONS,
         )  # fmt: skip
 
     def gradient(
@@ -266,35 +300,6 @@ class _Launcher:
         if column_sums is not None and partial is not None:
             column_sums += partial[:, : self.V].sum(0)
 
-    def kept_gradient(
-        self,
-        values: Tensor,
-        base: Tensor,
-        hidden: Tensor,
-        y: Tensor,
-        c_s: Tensor,
-        lse: Tensor,
-        g: Tensor,
-        column_sums: Tensor | None,
-    ) -> None:
-        """The same as `gradient`, from kept exponentials [C, Vb] and their base [C]."""
-        # L is -inf where nothing competes, and the kept values are 0.
-        root = torch.exp(0.5 * (base - torch.where(lse == -torch.inf, 0.0, lse)))
-        inverse = (root / SHIFT.value) * root
-        torch.mul(values, (-self._left_out * c_s * inverse)[:, None], out=g)
-        at = (y - self.start).clamp_(0, self.V - 1)
-        slope_y = self.targets(hidden, None, at)[1]
-        is_here = at == y - self.start
-        own = torch.where(is_here, (c_s * slope_y).to(g.dtype), g.gather(1, at[:, None])[:, 0])
-        g.scatter_(1, at[:, None], own[:, None])
-        if column_sums is not None:
-            column_sums += g.sum(0, dtype=torch.float32)
-
-    @property
-    def _left_out(self) -> float:
-        """The part of f' that stored exponentials do not have."""
-        return self.head.logit_scale if self.head.softcap is None else 1.0
-
     def _tiles(
         self,
         epilogue: Any,
@@ -306,19 +311,25 @@ class _Launcher:
         tile: Tensor | None,
         sums: Tensor | None,
     ) -> None:
-        n_c = triton.cdiv(y.numel(), self.config.block_c)
-        operands: list[Any] = [hidden, self.weight]
-        described = [self.config.descriptors and _has_descriptor(x) for x in operands]
-        described[0] = described[0] and rows is None
-        for i, block in enumerate((self.config.block_c, self.config.block_v)):
-            if described[i]:
-                operands[i] = TensorDescriptor.from_tensor(operands[i], [block, self.config.block_d])
-        tile_kernel[(n_c * self.n_v,)](
-            operands[0], rows, operands[1], self.bias, y, reference, c_s, tile, sums,
+        config, c = self.config, y.numel()
+        tiles, programs = triton.cdiv(c, config.block_c) * self.n_v, 0
+        operands: list[Any] = [hidden, self.weight, tile]
+        if config.persistent and _has_descriptor(self.weight):
+            if rows is not None:
+                hidden, rows = hidden.index_select(0, rows), None
+            if _has_descriptor(hidden):
+                programs = configs.multiprocessors(hidden.device)
+                operands[0] = TensorDescriptor.from_tensor(hidden, [config.block_c, config.block_d])
+                operands[1] = TensorDescriptor.from_tensor(self.weight, [config.block_v, config.block_d])
+        if programs and tile is not None:
+            # The buffer's rows hold whole tiles.
+            whole = tile.as_strided((c, self.n_v * config.block_v), tile.stride())
+            operands[2] = TensorDescriptor.from_tensor(whole, [config.block_c, config.block_v // 4])
+        tile_kernel[(min(tiles, programs or tiles),)](
+            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums,
             *hidden.stride(), *self.weight.stride(), 0 if tile is None else tile.stride(0),
-            self.start, y.numel(), self.V, self.D, *self.transform,
-            EPILOGUE=epilogue, GROUP=self.config.group, DESCRIBED_H=described[0], DESCRIBED_W=described[1],
-            **self.shape,
+            self.start, c, self.V, self.D, *self.transform,
+            EPILOGUE=epilogue, GROUP=config.group, PROGRAMS=programs, **self.shape,
         )  # fmt: skip
 
 
@@ -329,8 +340,8 @@ def _has_descriptor(x: Tensor) -> bool:
 
 
 def _tile_buffer(c: int, v: int, dtype: torch.dtype, device: torch.device, config: TileConfig) -> Tensor:
-    """[C, V] with rows that hold whole tiles, so that a store needs no mask along the row and can be wide."""
-    return torch.empty(c, triton.cdiv(v, config.block_v) * config.block_v, dtype=dtype, device=device)[:, :v]
+    """Memory for a tile [C, V], its rows whole tiles, so that a store needs no mask along the row and can be wide."""
+    return torch.empty(c, triton.cdiv(v, config.block_v) * config.block_v, dtype=dtype, device=device)
 
 
 def _hidden_rows(tokens: Tokens, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -351,53 +362,22 @@ def _gathered(tokens: Tokens, chunk: slice, dtype: torch.dtype) -> Tensor:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """`total + a @ b` in fp32; `out` has its shape and is used where it has its dtype."""
     wide = torch.float32
+    place = out if out.dtype == wide else None
     if a.dtype == wide:
         if total is None:
-            return torch.mm(a, b, out=out if out.dtype == wide else None)
+            return torch.mm(a, b, out=place)
         return torch.addmm(total, a, b, out=total)
     if _has_mixed_product(a.device, a.dtype):
-        product = torch.mm(a, b, out_dtype=wide)
-        return product if total is None else total.add_(product)
+        if total is not None:
+            return torch.addmm(total, a, b, out_dtype=wide, out=total)
+        if place is not None:
+            return torch.mm(a, b, out_dtype=wide, out=place)
+        return torch.mm(a, b, out_dtype=wide)
     if total is None:
         total = torch.zeros(out.shape, dtype=wide, device=a.device)
     for part in _chunks(a.shape[1], _WIDENED):
         torch.addmm(total, a[:, part].to(wide), b[part].to(wide), out=total)
     return total
-
-
-def _slice_products(tile: Tensor, weight: Tensor, slices: int, out: Tensor) -> Tensor:
-    """[P, C, D] fp32 that add up to `tile @ weight`: the products of P parts of the vocabulary.
-
-    slices: how many equal parts; what is left of the vocabulary is one more. A product of few rows and columns has
-    work for few multiprocessors, and a batch of several has it for all. One part, where `out` [C, D] may be used,
-    on a device without such a batch.
-    """
-    wide = torch.float32
-    length = tile.shape[1] // (slices * _ALIGNED) * _ALIGNED
-    if slices == 1 or length == 0 or not (tile.dtype == wide or _has_mixed_batch(tile.device, tile.dtype)):
-        return _add_product(None, tile, weight, out)[None]
-    whole = slices * length
-    has_rest = tile.shape[1] > whole
-    products = torch.empty(slices + has_rest, *out.shape, dtype=wide, device=out.device)
-    to_fp32: dict[str, Any] = {} if tile.dtype == wide else {"out_dtype": wide}
-    parts = tile[:, :whole].unflatten(1, (slices, length)).transpose(0, 1)  # [slices, C, length]
-    torch.bmm(parts, weight[:whole].unflatten(0, (slices, length)), out=products[:slices], **to_fp32)
-    if has_rest:
-        torch.mm(tile[:, whole:], weight[whole:], out=products[slices], **to_fp32)
-    return products
-
-
-@functools.cache
-def _has_mixed_batch(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies batches of `dtype` operands, and single ones, into given fp32 results."""
-    probe = torch.ones(1, 16, 16, dtype=dtype, device=device)
-    out = torch.zeros(1, 16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.bmm(probe, probe, out_dtype=torch.float32, out=out)
-        torch.mm(probe[0], probe[0], out_dtype=torch.float32, out=out[0])
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
 
 
 def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:

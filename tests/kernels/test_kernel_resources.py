@@ -12,7 +12,7 @@ import torch
 
 from orpo_kernels.kernels import configs
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+ROOT = Path(__file__).parents[2]
 TARGETS = [configs.cuda_target(c) for c in (80, 86, 89, 90, 100, 120)] + [configs.hip_target("gfx942")]
 KERNELS = {
     *("target", "sum", "maximum", "u"),
@@ -23,8 +23,8 @@ KERNELS = {
 # A process of its own: this one runs the kernels in the interpreter.
 def compile_kernels(*options: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def assert_every_kernel_is_sound(result: subprocess.CompletedProcess[str]) -> None:

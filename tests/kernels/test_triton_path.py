@@ -6,7 +6,7 @@ filled with NaN, so that nothing it fails to write can pass.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = TileConfig(block_c=32, block_v=64, block_d=32, num_warps=4, num_stages=2, group=2)
 DTYPES = [torch.float32, torch.bfloat16]
 EMPTY = torch.empty
+LOG_2 = math.log(2)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,8 @@ class Answer(NamedTuple):
 
     logit_error: what fp32 arithmetic may miss the worst logit of a row by [N]: four roundings of the sum before it
     is capped, and of its terms' root sum square and bias, as a sum that cancels, or is flattened by a soft-cap, is
-    off by as much as one that is not.
+    off by as much as one that is not. Tensor cores add 16 products at a time and cut what does not fit: one more
+    rounding for each 16 of D.
     """
 
     logit_error: Tensor
@@ -110,7 +112,8 @@ def exact(problem: Problem) -> Answer:
     if head.bias is not None:
         bias = head.bias.to(head.compute_dtype).double()
         x, terms = x + bias, terms + bias.abs()
-    logit_error = 4 * rounding(torch.float32) * head.logit_scale * (x.abs() + terms).amax(1)
+    cuts = hidden.shape[1] / 16 if DEVICE == "cuda" and head.compute_dtype == torch.bfloat16 else 0
+    logit_error = (4 + cuts) * rounding(torch.float32) * head.logit_scale * (x.abs() + terms).amax(1)
     z = x * head.logit_scale
     slope = torch.full_like(z, head.logit_scale)
     if head.softcap is not None:
@@ -129,8 +132,8 @@ def schedule(problem: Problem, *, chunk: int = 33, keep: int = 0, back: tuple[in
     return Schedule(chunk, problem.head.weight.shape[0], *back, keep, 0, 0, 0.0, 0.0)
 
 
-def run(problem: Problem, want_u: bool = True, **sizes: int) -> Forward:
-    return triton_path.forward(*problem, schedule(problem, **sizes), want_u, config=CONFIG)
+def run(problem: Problem, want_u: bool = True, config: TileConfig = CONFIG, **sizes: int) -> Forward:
+    return triton_path.forward(*problem, schedule(problem, **sizes), want_u, config=config)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -185,7 +188,7 @@ def test_ragged_sizes(generator: torch.Generator, dtype: torch.dtype, n: int, d:
     check_everything(make(generator, n, d, v, dtype, bias=True), generator)
 
 
-def check_everything(problem: Problem, generator: torch.Generator) -> None:
+def check_everything(problem: Problem, generator: torch.Generator, config: TileConfig = CONFIG) -> None:
     """Forward and weight gradient, with no, some and all tokens kept, against float64 and plain torch."""
     tokens, head = problem
     dtype, n = head.compute_dtype, tokens.targets.numel()
@@ -193,12 +196,12 @@ def check_everything(problem: Problem, generator: torch.Generator) -> None:
     wide = rounding(torch.float32)
     logit_error = float(want.logit_error.max())
 
-    sums_only = run(problem, want_u=False)
+    sums_only = run(problem, want_u=False, config=config)
     assert sums_only.u is None
     torch.testing.assert_close(sums_only.gap.double(), want.gap, rtol=2 * wide, atol=logit_error)
     coefficient = torch.rand(n, generator=generator, device=DEVICE) * want.sure_not.float()
     for keep in {0, (n + 1) // 2}:
-        got = run(problem, keep=keep)
+        got = run(problem, keep=keep, config=config)
         torch.testing.assert_close(got.gap.double(), want.gap, rtol=2 * wide, atol=logit_error)
         torch.testing.assert_close(got.lse.double(), want.lse, rtol=2 * wide, atol=logit_error)
         assert got.u is not None
@@ -208,28 +211,33 @@ def check_everything(problem: Problem, generator: torch.Generator) -> None:
         assert_as_good(got.u, peer.u.to(dtype), want.g, weight, max(rounding(dtype), logit_error), 1, "u")
         if keep:
             assert_kept(got.kept, problem, want, logit_error)
-        check_weight_gradient(problem, want, coefficient, got, keep, logit_error)
+        check_weight_gradient(problem, want, coefficient, got, keep, logit_error, config)
 
 
 def assert_kept(kept: Kept | None, problem: Problem, want: Answer, logit_error: float) -> None:
     assert kept is not None
-    values = torch.cat(kept.values, 1)
+    v = problem.head.weight.shape[0]
+    values = torch.cat(kept.values, 1)[:, :v]
     k = values.shape[0]
     scale = 1.0 if problem.head.softcap is not None else problem.head.logit_scale
-    # g = onehot f' - q f', and the kept values are q f' (less the scale of a linear head) times a row's own number.
-    q_slope = -want.g[:k].scatter(1, problem.tokens.targets[:k, None], 0.0)
-    got = values.double() * 2.0**60 * torch.exp(kept.reference.double() - want.lse[:k, None]) * scale
-    assert not values.gather(1, problem.tokens.targets[:k, None]).any()
-    assert relative(got, q_slope) <= max(rounding(problem.head.compute_dtype), 2 * logit_error)
+    # The kept values are (q - onehot) f' (less the scale of a linear head) times a row's own number.
+    got = values.double() * torch.exp(kept.reference.double() - want.lse[:k, None]) * scale
+    assert relative(got, -want.g[:k]) <= max(rounding(problem.head.compute_dtype), 2 * logit_error)
 
 
 def check_weight_gradient(
-    problem: Problem, want: Answer, coefficient: Tensor, got: Forward, keep: int, logit_error: float
+    problem: Problem,
+    want: Answer,
+    coefficient: Tensor,
+    got: Forward,
+    keep: int,
+    logit_error: float,
+    config: TileConfig,
 ) -> None:
     tokens, head = problem
     weighted = coefficient.double()[:, None] * want.g
     d_weight, d_bias = triton_path.weight_gradient(
-        tokens, head, coefficient, got.lse, got.kept, schedule(problem, keep=keep), True, True, config=CONFIG
+        tokens, head, coefficient, got.lse, got.kept, schedule(problem, keep=keep), True, True, config=config
     )
     by_torch = torch_path.weight_gradient(tokens, head, coefficient, got.lse, None, schedule(problem), True, True)
     rounded = max(rounding(head.compute_dtype), logit_error)
@@ -245,117 +253,75 @@ def check_weight_gradient(
         assert_as_good(d_bias, by_torch[1], weighted.T, ones, rounded, operands, f"bias, {keep} kept")
 
 
+PERSISTENT = CONFIG._replace(persistent=True)
+
+
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("d", "used"), [(40, True), (64, True), (7, False)])
-def test_loads_by_descriptor(
+def test_persistent_tiles(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, d: int, used: bool, softcap: float | None, rows: bool
 ) -> None:
-    """The same bits; pointers where rows are gathered, or do not begin at multiples of 16 bytes."""
-    problem = make(generator, 40, d, 150, torch.bfloat16, bias=True, softcap=softcap, rows=rows)
+    """As good as a program a tile; with pointers where rows do not begin at multiples of 16 bytes."""
+    problem = make(generator, 40, d, 300, torch.bfloat16, bias=True, softcap=softcap, rows=rows)
     made = []
     descriptor = triton_path.TensorDescriptor
 
     class Watched(descriptor):  # type: ignore[misc, valid-type]
         @staticmethod
         def from_tensor(tensor: Tensor, block: list[int]) -> object:
-            made.append(tuple(tensor.shape))
+            made.append((*tensor.shape, *block))
             return descriptor.from_tensor(tensor, block)
 
     monkeypatch.setattr(triton_path, "TensorDescriptor", Watched)
-    results = []
-    for config in (CONFIG, CONFIG._replace(descriptors=True)):
-        assert not made
-        got = triton_path.forward(*problem, schedule(problem), True, config=config)
-        c_s = torch.sigmoid(got.gap)
-        gradients = triton_path.weight_gradient(
-            *problem, c_s, got.lse, None, schedule(problem), True, True, config=config
+    monkeypatch.setattr(triton_path.configs, "multiprocessors", lambda device: 3)  # several tiles a program
+    check_everything(problem, generator)
+    assert not made
+    check_everything(problem, generator, PERSISTENT)
+    assert ((33, d, 32, 32) in made) is used  # a chunk's tokens, gathered where they are given by rows
+    assert ((300, d, 64, 32) in made) is used  # the weight
+    assert ((33, 320, 32, 16) in made) is used  # exponentials, stored in quarters of a tile
+    assert ((100, d, 64, 32) in made) is used  # a block of the weight, for its gradient
+
+
+@pytest.mark.parametrize("d", [64, 512])
+def test_whole_numbers_give_the_same_bits_in_any_order(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, d: int
+) -> None:
+    """Operands in [-8, 8] and D <= 512: every partial sum is a whole number below 2^24, which fp32 holds."""
+    n, v = 40, 300
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-8, 9, shape, generator=generator, device=DEVICE).bfloat16()
+
+    hidden, weight = whole(n, d), whole(v, d)
+    y = torch.randint(v, (n,), generator=generator, device=DEVICE)
+    exact_logits = hidden.double() @ weight.double().T
+    assert exact_logits.abs().max() < 2**24
+    head = Head(weight, None, 2.0**-9, None, torch.bfloat16)
+    monkeypatch.setattr(triton_path.configs, "multiprocessors", lambda device: 3)
+    tiles = []
+    for config in (CONFIG, CONFIG._replace(block_d=64), CONFIG._replace(block_c=16, block_v=128), PERSISTENT):
+        launch = triton_path._Launcher(head, config)
+        base = launch.targets(hidden, None, y)[2]
+        e, g = (triton_path._tile_buffer(n, v, torch.bfloat16, torch.device(DEVICE), config) for _ in range(2))
+        launch.sums(hidden, None, y, base, e)
+        launch.gradient(hidden, y, torch.ones_like(base), base * LOG_2, g, None)
+        tiles.append((e[:, :v], g[:, :v]))
+        # With a sum of zero every row is the slow lane's, and its base becomes the largest logit itself, base-2.
+        others = (exact_logits.float() * (2.0**-9 / LOG_2)).scatter(1, y[:, None], -torch.inf)
+        own = (exact_logits.float() * (2.0**-9 / LOG_2)).gather(1, y[:, None])[:, 0]
+        assert torch.equal(base, own)
+        launch.slow_lane(
+            hidden, None, y, base, torch.zeros(n, device=DEVICE), None, torch.empty(launch.n_v, n, device=DEVICE)
         )
-        results.append((got, *gradients))
-    assert ((100, d) in made) is used  # a block of the vocabulary
-    assert ((30, d) in made) is used  # tokens, gathered for the backward
-    assert ((33, d) in made) is (used and not rows)
-    by_pointer, by_descriptor = results
-    assert_same(by_descriptor[0], by_pointer[0])
-    assert torch.equal(by_descriptor[1], by_pointer[1])
-    assert torch.equal(by_descriptor[2], by_pointer[2])
-
-
-@pytest.fixture
-def batched_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of 16-bit operands into fp32, single ones and batches, on a CPU too."""
-    if DEVICE == "cuda":
-        return
-
-    def to_fp32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def multiply(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **out: Tensor) -> Tensor:
-            return product(a.to(out_dtype or a.dtype), b.to(out_dtype or b.dtype), **out)
-
-        return multiply
-
-    for name in ("mm", "bmm"):
-        monkeypatch.setattr(torch, name, to_fp32(getattr(torch, name)))
-    monkeypatch.setattr(triton_path, "_has_mixed_batch", lambda device, dtype: True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("v", "slices", "parts"), [(192, 3, 3), (200, 3, 4), (1000, 4, 5), (257, 4, 5), (255, 4, 1), (150, 1, 1)]
-)
-def test_slices_of_the_vocabulary(
-    generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
-    batched_products: None,
-    dtype: torch.dtype,
-    v: int,
-    slices: int,
-    parts: int,
-) -> None:
-    problem = make(generator, 37, 40, v, dtype, bias=True, scale=0.5)
-    seen = []
-    finish = triton_path._Launcher.finish_u
-
-    def watched(self: object, products: Tensor, *rest: Tensor) -> None:
-        seen.append(len(products))
-        finish(self, products, *rest)
-
-    monkeypatch.setattr(triton_path._Launcher, "finish_u", watched)
-    sliced = dataclasses.replace(schedule(problem, chunk=20, keep=5), u_slices=slices)
-    got, again = (triton_path.forward(*problem, sliced, True, config=CONFIG) for _ in range(2))
-    assert seen == 2 * 3 * [parts]  # the tokens that are kept, and two chunks
-    assert_same(got, again)
-    whole = run(problem, chunk=20, keep=5)
-    assert torch.equal(got.gap, whole.gap)
-    assert torch.equal(got.lse, whole.lse)
-    want, peer = exact(problem), torch_path.forward(*problem, schedule(problem), True)
-    assert got.u is not None
-    assert got.u.dtype == dtype
-    assert peer.u is not None
-    rounded = max(rounding(dtype), float(want.logit_error.max()))
-    assert_as_good(got.u, peer.u.to(dtype), want.g, problem.head.weight.double(), rounded, 1, "u")
-
-
-def test_slices_are_added_in_order(generator: torch.Generator) -> None:
-    head = Head(torch.zeros(9, 300, device=DEVICE), None, 1.0, None, torch.float32)
-    products = torch.randn(7, 13, 300, generator=generator, device=DEVICE)
-    products *= 10.0 ** torch.randint(-3, 4, products.shape, generator=generator, device=DEVICE)
-    y, ones = torch.zeros(13, dtype=torch.int64, device=DEVICE), torch.ones(13, device=DEVICE)
-    u = torch.empty(13, 300, device=DEVICE)
-    triton_path._Launcher(head, CONFIG).finish_u(products, y, ones, ones, u)
-    total = products[0].clone()
-    for product in products[1:]:
-        total += product
-    assert torch.equal(u, -total)
-    assert not torch.equal(u, -products.flip(0).cumsum(0)[-1])
-
-
-def test_without_batched_products_there_is_one_part(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_path, "_has_mixed_batch", lambda device, dtype: False)
-    problem = make(generator, 20, 40, 1000, torch.bfloat16)
-    sliced = dataclasses.replace(schedule(problem), u_slices=4)
-    assert_same(triton_path.forward(*problem, sliced, True, config=CONFIG), run(problem))
+        assert torch.equal(base, others.amax(1))
+    for e, g in tiles[1:]:
+        assert torch.equal(e, tiles[0][0])
+        assert torch.equal(g, tiles[0][1])
+    z = exact_logits * 2.0**-9
+    e = torch.exp(z - z.gather(1, y[:, None])).scatter(1, y[:, None], 0.0)
+    assert relative(tiles[0][0], e) <= 2 * rounding(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -386,9 +352,9 @@ def confident(generator: torch.Generator, dtype: torch.dtype, gaps: list[float])
 
 
 # 1 - p from 0.9 to 1e-10, and targets that are wrong.
-GAPS = [2.0, 0.0, -1.0, -4.6, -9.2, -13.8, -18.4, -23.0, -26.0, 30.0, 80.0, 105.0]
+GAPS = [2.0, 0.0, -1.0, -4.6, -9.2, -13.8, -18.4, -23.0, -35.0, -60.0, 30.0, 66.0]
 # Rows that the first pass cannot hold.
-EXTREME_GAPS = [-60.0, -80.0, -200.0, 150.0, 500.0]
+EXTREME_GAPS = [-73.0, -120.0, -200.0, 150.0, 500.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -450,7 +416,7 @@ def test_slow_lane_is_needed_and_changes_no_other_row(
     off = ((without.gap - want.gap).abs() > 1e-2) | without.gap.isnan()
     first = len(GAPS)
     assert not off[:first].any()
-    assert off[first + 1 :].all()  # -60 is where S no longer vouches for itself.
+    assert off[first + 1 :].all()  # -73 is where S no longer vouches for itself.
     assert with_lane.u is not None
     assert without.u is not None
     assert torch.equal(with_lane.gap[:first], without.gap[:first])

@@ -1,0 +1,50 @@
+"""Stage `tests`: the project's tests of the kernels and of what only a card can break, in several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+from benchmarks.gpu.common import CUDA, Record
+
+TESTS = ("tests/kernels/test_card.py", "tests/kernels/test_triton_path.py", "tests/kernels/test_dispatch.py")
+MORE = ("tests/test_linear_logps.py", "tests/test_autograd.py", "tests/test_memory.py")
+
+
+def pytest(files: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-x" if not CUDA else "--maxfail=30",
+        *files,
+    ]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(2, (os.cpu_count() or 2) - 4)) if CUDA else "2", "--dist", "worksteal"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        output, _ = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        run.terminate()
+        output, _ = run.communicate()
+    lines = output.splitlines()
+    shown = [line for line in lines if re.match(r"(FAILED|ERROR|E  )", line)][:60] + lines[-3:]
+    print("\n".join(f"   {line[:220]}" for line in shown), flush=True)
+    if run.returncode:
+        raise RuntimeError(f"exit status {run.returncode}: {lines[-1] if lines else ''}; {shown[:30]}")
+    return {"last line": lines[-1]}
+
+
+def run(record: Record) -> None:
+    for name, files in (("kernels", TESTS), ("primitive", MORE)):
+        left = max(10.0, record.limit - record.used())
+        record.section(name, partial(pytest, files, left))
