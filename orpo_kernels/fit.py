@@ -61,22 +61,24 @@ def whole_rows(budget: int, cost: Bytes, tokens: int, vocab_size: int) -> tuple[
 
 
 def whole_tokens(
-    budget: int, cost: Bytes, tokens: int, vocab_size: int, moved: Callable[[int, int], int]
+    budget: int, whole: Bytes, cut: Bytes, tokens: int, vocab_size: int, moved: Callable[[int, int], int]
 ) -> tuple[int, int] | None:
     """The tile of the weight's gradient that moves the fewest bytes.
 
     Its products run over the tokens: with all of them at once, a block of the gradient is written once, and where they
-    are cut it is added to. moved: the bytes of a backward by [chunk, block].
+    are cut it is added to. whole, cut: what a tile takes in either case. moved: the bytes of a backward by
+    [chunk, block].
     """
     found: list[tuple[int, int]] = []
     for block in _blocks(vocab_size):
-        most = min(cost.chunk(budget, block), tokens)
-        if most >= min(tokens, _LEAST_INNER):
-            height = 1 if most == tokens else _HEIGHT
-            found.append((even(tokens, most // height * height, height), block))
+        most = tokens if whole.of(tokens, block) <= budget else min(cut.chunk(budget, block), tokens - 1)
+        if most == tokens:
+            found.append((tokens, block))
+        elif most >= _LEAST_INNER:
+            found.append((even(tokens, most // _HEIGHT * _HEIGHT, _HEIGHT), block))
     if found:
         return min(found, key=lambda tile: moved(*tile))
-    return largest(budget, cost, tokens, min(_WIDEST_BLOCK, vocab_size))
+    return largest(budget, cut, tokens, min(_WIDEST_BLOCK, vocab_size))
 
 
 def _blocks(vocab_size: int) -> Iterator[int]:

@@ -10,14 +10,15 @@ Forward, for a chunk of tokens:
     u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
 
 Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel, then `G^T H` by
-the library, in fp32, rounded once. Tokens whose exponentials were kept need no G: a row of it is -c s / S times a row
-of E, and that factor goes to the rows of H once for all blocks, `E^T (-c s / S H)`.
+the library, summed in fp32 and rounded once. Tokens whose exponentials were kept need no G: a row of it is -c s / S
+times a row of E, and that factor goes to the rows of H once for all blocks, `E^T (-c s / S H)`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def weight_gradient(
     config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
     factors = None if kept is None else _kept_factors(head, coefficient, lse, kept)
     chunks = list(_chunks(n, chunk_size, keep))
+    alone = len(chunks) == 1
 
     def operand(chunk: slice) -> Tensor:
         """Rows of hidden [C, D], those of kept tokens times their factors."""
@@ -171,7 +173,9 @@ def weight_gradient(
                 elif launch is not None:
                     g = buffer[: chunk.stop - chunk.start, :width]
                     launch.gradient(rows, tokens.targets[chunk], coefficient[chunk], lse[chunk], g, total_bias)
-                if dest is not None:
+                if dest is not None and alone:
+                    _product(g.t(), rows, dest)
+                elif dest is not None:
                     total = _add_product(total, g.t(), rows, dest)
             if dest is not None and total is not None and total is not dest:
                 dest.copy_(total)
@@ -378,6 +382,29 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
     for part in _chunks(a.shape[1], _WIDENED):
         torch.addmm(total, a[:, part].to(wide), b[part].to(wide), out=total)
     return total
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`a @ b`, summed in fp32 and rounded once to the dtype of `out`."""
+    if out.dtype == a.dtype and _has_mixed_product(a.device, a.dtype):
+        with _fp32_reductions():
+            torch.mm(a, b, out=out)
+        return
+    total = _add_product(None, a, b, out)
+    if total is not out:
+        out.copy_(total)
+
+
+@contextlib.contextmanager
+def _fp32_reductions() -> Iterator[None]:
+    """Where the library cuts the inner dimension of a bf16 product, it adds the parts up before they are rounded."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:
