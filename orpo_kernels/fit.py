@@ -10,8 +10,9 @@ _MIN_CHUNK = 64
 # Measured on an H100 (docs/gpu.md): a library's products of heights that are no multiple of this run at up to a sixth
 # less than its rate, and whole waves of tiles do not matter beside that, as it cuts the inner dimension itself.
 _HEIGHT = 256
-# There too: the gradient's products reach the library's rate from about 4096 entries and 4096 tokens on.
-_WIDEST_BLOCK = 16384
+# There too: the gradient's products reach the library's rate from about 4096 entries and 4096 tokens on. 66 tiles wide:
+# with multiples of 512 tokens, whole waves on the 132 multiprocessors of a Hopper card.
+_WIDEST_BLOCK = 66 * 256
 _LEAST_INNER = 4096
 
 

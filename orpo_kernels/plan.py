@@ -168,8 +168,9 @@ class Plan:
         library = min(_CPU_LIBRARY, self.budget(device) // 3) if cpu else 0
         budget = self.budget(device) - library
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
-        # Numbers of every token: gap and logsumexp, or coefficients on their way from logps to logits.
-        numbers = 4 * wide * tokens
+        # Numbers of every token: gap, logsumexp and, for the kernels, what belongs to its target; or coefficients on
+        # their way from logps to logits.
+        numbers = (6 if full_rows else 4) * wide * tokens
         for_tiles = budget - numbers
         sizes = (tokens, hidden_size, v, item)
         trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}

@@ -2,7 +2,7 @@
 
 Forward, for a chunk of tokens:
 
-    target_kernel   z_y and the first base of every row
+    target_kernel   z_y and the first base of every row, once for all chunks
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and gap
     slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
@@ -88,6 +88,7 @@ def forward(
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
+        target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
         for chunk in _chunks(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
@@ -97,11 +98,12 @@ def forward(
                 tile = kept.values[0][chunk, :v]
             elif want_u:
                 tile = scratch[: y.numel(), :v]
-            target, slope_y, base = launch.targets(hidden, rows, y)
+            slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(gap[chunk])
+            numbers = (base, target[:, chunk], total, gap[chunk], lse[chunk])
             partial = launch.sums(hidden, rows, y, base, tile)
-            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
+            launch.finish_sums(partial, *numbers)
             launch.slow_lane(hidden, rows, y, base, total, tile, partial)
-            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
+            launch.finish_sums(partial, *numbers, again=True)
             if u is not None and tile is not None:
                 product = _add_product(None, tile, launch.weight, u[chunk])
                 launch.finish_u(product, y, slope_y, total, u[chunk])
@@ -246,14 +248,21 @@ class _Launcher:
         self._tiles(epilogue, hidden, rows, y, base, None, tile, partial)
         return partial
 
-    def total(self, partial: Tensor, base: Tensor, target: Tensor, gap: Tensor, lse: Tensor) -> Tensor:
-        """S [C]; writes gap and lse [C]."""
-        total = torch.empty_like(base)
+    def finish_sums(
+        self,
+        partial: Tensor,
+        base: Tensor,
+        target: Tensor,
+        total: Tensor,
+        gap: Tensor,
+        lse: Tensor,
+        again: bool = False,
+    ) -> None:
+        """Writes S, gap and lse [C]; again: of abnormal rows only, in place of the first ones."""
         c = total.numel()
         sum_kernel[(triton.cdiv(c, 32),)](
-            partial, base, *target, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS
+            partial, base, *target, total, gap, lse, c, self.V, self.n_v, AGAIN=again, BC=32, BV=64, **_OPTIONS
         )  # fmt: skip
-        return total
 
     def slow_lane(
         self,

@@ -387,7 +387,8 @@ def test_sure_tokens(generator: torch.Generator, dtype: torch.dtype) -> None:
             d_weight, _ = triton_path.weight_gradient(
                 *problem, coefficient, got.lse, got.kept, schedule(problem), True, False, config=CONFIG
             )
-            allowed = 4e-3 if dtype == torch.bfloat16 else 8 * float(logit_error[t])
+            # In bf16 what is stored of a logit is rounded, the result, and a kept token's hidden row times its factor.
+            allowed = (3 if keep else 2) * 2.0**-9 if dtype == torch.bfloat16 else 8 * float(logit_error[t])
             assert relative(d_weight, want.g[t, :, None] * want.hidden[t]) <= allowed, want.gap[t]
 
 
