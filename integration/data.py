@@ -138,6 +138,8 @@ def prepare_dataset(
     *,
     dataset_num_proc: int | None = None,
     batch_size: int = 8,
+    name: str = "dataset",
+    max_positions: int | None = None,
 ) -> tuple[Any, Any]:
     """Tokenise a data set of preference rows; each row may have any shape `tokenize_pair` takes.
 
@@ -160,12 +162,14 @@ def prepare_dataset(
         max_length: as for `tokenize_pair`.
         dataset_num_proc: processes for a `datasets.Dataset`; the others are tokenised in this one.
         batch_size: pairs a batch in the summary's estimate of padding.
+        name: what errors call the data set.
+        max_positions: the most tokens that the model has positions for, None for no end: longer rows are an error.
 
     Returns:
         The prepared data set and its summary.
 
     Raises:
-        ValueError: `max_length`, `batch_size` or a row (named by its index) cannot be used.
+        ValueError: `max_length`, `batch_size`, an empty data set, or a row (named by its index) cannot be used.
         TypeError: `dataset` is none of the above, or a generator, which a second epoch would find empty.
     """
     check_max_length(max_length)
@@ -173,13 +177,22 @@ def prepare_dataset(
         raise ValueError(f"batch_size={batch_size}: use at least 1")
     if isinstance(dataset, Mapping):
         parts, summaries = {}, {}
-        for name, part in dataset.items():
-            parts[name], summaries[name] = prepare_dataset(
-                part, tokenizer, max_length, dataset_num_proc=dataset_num_proc, batch_size=batch_size
+        for key, part in dataset.items():
+            parts[key], summaries[key] = prepare_dataset(
+                part,
+                tokenizer,
+                max_length,
+                dataset_num_proc=dataset_num_proc,
+                batch_size=batch_size,
+                name=f"{name}[{key!r}]",
+                max_positions=max_positions,
             )
         return parts, summaries
 
-    tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length)
+    check_rows(dataset, name)
+    tokenize = partial(
+        _tokenize_indexed, tokenizer=tokenizer, max_length=max_length, name=name, max_positions=max_positions
+    )
     # Whoever holds one of its data sets has imported the package, so it need not be installed here.
     package = sys.modules.get("datasets")
     rows: Any
@@ -197,7 +210,7 @@ def prepare_dataset(
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
             rows = rows.filter(_usable)
-    elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset):
+    elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset, name):
         return _LazyPairs(dataset, tokenize), None
     else:
         rows = [tokenize(dataset[index], index) for index in range(len(dataset))]
@@ -210,25 +223,63 @@ def prepare_dataset(
 
 
 def _tokenize_indexed(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    example: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    name: str,
+    max_positions: int | None,
 ) -> dict[str, Any]:
+    # A template raises errors of any type, jinja2's and its own.
     try:
-        return tokenize_pair(example, tokenizer, max_length)
-    except ValueError as error:
-        raise ValueError(f"row {index}: {error}") from error
+        row = tokenize_pair(example, tokenizer, max_length)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}, row {index}: {kind}{error}") from error
+    check_positions(row["length"], max_positions, f"{name}, row {index}")
+    return row
 
 
-def _indexable(dataset: Any) -> bool:
+def check_positions(length: int, max_positions: int | None, where: str) -> None:
+    """ValueError for a row of more tokens than the model has positions for."""
+    if max_positions is not None and length > max_positions:
+        raise ValueError(
+            f"{where}: {length} tokens, and the model has a table of {max_positions} positions: "
+            f"use max_length={max_positions} or less"
+        )
+
+
+def check_rows(dataset: Any, name: str) -> None:
+    """ValueError for a data set without rows; TypeError for a table of columns or several splits at once."""
+    kind = type(dataset).__name__
+    if type(dataset).__module__.partition(".")[0] in ("pandas", "polars"):
+        make = "datasets.Dataset.from_pandas(frame)" if kind == "DataFrame" else "a list of dicts"
+        raise TypeError(f"{name} is a {kind} of {type(dataset).__module__.partition('.')[0]}: use {make}")
+    if hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)) and len(dataset) == 0:
+        raise ValueError(f"{name} is empty: it needs at least one row")
+
+
+def refuse_splits(dataset: Any, name: str) -> None:
+    """TypeError for a dict of data sets where one is wanted."""
+    if isinstance(dataset, Mapping):
+        first = next(iter(dataset), "train")
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give one of these data sets, "
+            f"{name}={name}[{first!r}]"
+        )
+
+
+def _indexable(dataset: Any, name: str) -> bool:
     """True for what has a length and items; False for what can be iterated over again and again."""
     kind = type(dataset).__name__
     if isinstance(dataset, Iterator):
         raise TypeError(
-            f"dataset is a {kind}, which can be read only once: use a list, or a data set that can be read again"
+            f"{name} is a {kind}, which can be read only once: use a list, or a data set that can be read again"
         )
     if isinstance(dataset, (Sequence, torch.utils.data.Dataset)) and not isinstance(dataset, (str, bytes)):
         return True
     if isinstance(dataset, (str, bytes)) or not isinstance(dataset, Iterable):
-        raise TypeError(f"dataset is a {kind}: use a list of dicts, a data set, or a dict of them")
+        raise TypeError(f"{name} is a {kind}: use a list of dicts, a data set, or a dict of them")
     return False
 
 

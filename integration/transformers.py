@@ -34,7 +34,7 @@ from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
 from .collator import LayoutCollator, PreferenceCollator
-from .data import announce, prepare_dataset
+from .data import announce, prepare_dataset, refuse_splits
 from .flat_pairs import flat_counts, flat_pair_rows
 from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
@@ -197,9 +197,10 @@ class ORPOTrainer(Trainer):
             )
         prepared, summaries = [], []
         rows: Any
-        for dataset, batch_size in (
-            (train_dataset, args.per_device_train_batch_size),
-            (eval_dataset, args.per_device_eval_batch_size),
+        refuse_splits(train_dataset, "train_dataset")
+        for name, dataset, batch_size in (
+            ("train_dataset", train_dataset, args.per_device_train_batch_size),
+            ("eval_dataset", eval_dataset, args.per_device_eval_batch_size),
         ):
             rows, summary = None, None
             if dataset is not None:
@@ -209,6 +210,7 @@ class ORPOTrainer(Trainer):
                     args.max_length,
                     dataset_num_proc=args.dataset_num_proc,
                     batch_size=batch_size,
+                    name=name,
                 )
             prepared.append(rows)
             summaries.append(summary)

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
 EXAMPLE = """example:
   orpo-kernels train --model_name_or_path ./my-model --dataset_name pairs.jsonl --eval_fraction 0.05 \\
       --use_peft --lora_r 16 --output_dir ./tuned --num_train_epochs 1 --per_device_train_batch_size 4
@@ -168,11 +166,18 @@ def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
 
 
 def _load(data_args: DataArguments) -> tuple[Any, Any]:
+    from orpo_kernels.integration.files import ENDINGS, read_pairs
+
     path = Path(data_args.dataset_name)
-    if path.suffix in _SUFFIXES and not path.exists():
+    if path.suffix in ENDINGS and not path.exists():
         raise SystemExit(f"--dataset_name {path}: there is no such file")
-    if path.is_file() and _SUFFIXES.get(path.suffix) == "json":
-        rows: Any = _read_json(path)
+    if path.is_file() and path.suffix not in ENDINGS:
+        raise SystemExit(f"--dataset_name {path}: the ending is none of {', '.join(ENDINGS)}")
+    if path.is_file() and path.suffix != ".parquet":
+        try:
+            rows: Any = read_pairs(path)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--dataset_name {error}") from error
         if data_args.dataset_test_split:
             raise SystemExit(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
         kept = len(rows) - round(len(rows) * data_args.eval_fraction)
@@ -183,9 +188,7 @@ def _load(data_args: DataArguments) -> tuple[Any, Any]:
     except ImportError as error:
         raise SystemExit(f"--dataset_name {path} needs the datasets package: pip install datasets") from error
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise SystemExit(f"--dataset_name {path}: the ending is none of {', '.join(_SUFFIXES)}")
-        loaded: Any = datasets.load_dataset(_SUFFIXES[path.suffix], data_files=str(path))
+        loaded: Any = datasets.load_dataset("parquet", data_files=str(path))
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = datasets.load_from_disk(str(path))
     else:
@@ -200,14 +203,3 @@ def _load(data_args: DataArguments) -> tuple[Any, Any]:
         return train, loaded[data_args.dataset_test_split]
     kept = len(train) - round(len(train) * data_args.eval_fraction)
     return train.select(range(kept)), train.select(range(kept, len(train))) if kept < len(train) else None
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A JSON array, or one object a line."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"--dataset_name {path} is not valid JSON: {error}") from error

@@ -216,7 +216,8 @@ def test_five_steps(name, build, options, tmp_path):
     runs = []
     for module in (ours, trl_cpo if name == "CPOTrainer" else trl_orpo):
         first = FirstGradients()
-        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], **options)
+        # Not Adam, whose first steps are as long for a gradient that is all rounding as for any other.
+        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], optim="sgd", **options)
         trainer.train()
         runs.append((steps(trainer), first.grads))
     (found, grads), (expected, expected_grads) = runs
@@ -554,7 +555,7 @@ def test_empty_completions(tmp_path):
     [
         ({"train_dataset": PAIRS}, r"train_dataset is a list: use a datasets\.Dataset \(Dataset\.from_list"),
         ({"eval_dataset": {"a": PAIRS}}, r"eval_dataset\['a'\] is a list"),
-        ({"train_dataset": {"train": 1}}, r"train_dataset is a dict of \['train'\]: give one of these"),
+        ({"train_dataset": {"train": 1}}, r"train_dataset is a dict of train: give one of these"),
     ],
 )
 def test_data_sets_of_another_kind(dataset, message, tmp_path):
