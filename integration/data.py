@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .row_order import rows_of_stream
 from .shapes import ACCEPTED_SHAPES, SIDES, normalize_example
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
 
@@ -307,7 +308,7 @@ class _LazyPairs(torch.utils.data.IterableDataset):
         self.tokenize = tokenize
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = (self.tokenize(example, index) for index, example in enumerate(self.dataset))
+        rows = (self.tokenize(example, index) for index, example in enumerate(rows_of_stream(self.dataset)))
         return filter(_usable_or_warn, rows)
 
     def set_epoch(self, epoch: int) -> None:

@@ -26,20 +26,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
+from .arguments import numbers_from_text
 from .collator import LayoutCollator, PreferenceCollator
 from .data import announce, prepare_dataset, refuse_splits
+from .dropout import disable_dropout
+from .evaluation_rows import EvaluationRows
 from .flat_pairs import flat_counts, flat_pair_rows
 from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .positions import max_positions
+from .row_order import RowOrder
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -107,7 +111,12 @@ class ORPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        numbers_from_text(self)
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: ORPO's loss has no label smoothing, leave it 0"
+            )
         if self.loss_normalization not in ("batch", "global"):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
         if self.remove_unused_columns:
@@ -127,7 +136,7 @@ class ORPOConfig(TrainingArguments):
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
@@ -195,26 +204,11 @@ class ORPOTrainer(Trainer):
                 f"a {type(data_collator).__name__} was given with packing={args.packing} and "
                 f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
             )
-        prepared, summaries = [], []
-        rows: Any
         refuse_splits(train_dataset, "train_dataset")
-        for name, dataset, batch_size in (
-            ("train_dataset", train_dataset, args.per_device_train_batch_size),
-            ("eval_dataset", eval_dataset, args.per_device_eval_batch_size),
-        ):
-            rows, summary = None, None
-            if dataset is not None:
-                rows, summary = prepare_dataset(
-                    dataset,
-                    processing_class,
-                    args.max_length,
-                    dataset_num_proc=args.dataset_num_proc,
-                    batch_size=batch_size,
-                    name=name,
-                )
-            prepared.append(rows)
-            summaries.append(summary)
-        self.data_summary, self.eval_data_summary = summaries
+        # Asked for before Trainer's own constructor has set them.
+        self.args, self.model, self.processing_class = args, model, processing_class
+        train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
+        eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
         accelerator_config: Any = args.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
@@ -227,8 +221,8 @@ class ORPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepared[0],
-            eval_dataset=prepared[1],
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             model_init=model_init,
             callbacks=callbacks,
@@ -238,8 +232,7 @@ class ORPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
         if self.data_summary is not None:
-            rows = prepared[0]
-            some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
+            some = [train_rows[index] for index in range(min(len(train_rows), _SUMMARY_PAIRS))]
             batch_size = args.per_device_train_batch_size
             tokens = tokens_a_step(some, batch_size)
             listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
@@ -325,7 +318,11 @@ class ORPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
-        self._train_rows.append(self.accelerator.gather_for_metrics(rows))
+        first = self.args.logging_first_step and self.state.global_step == 0
+        if self.args.logging_strategy != "no" or first:  # where nothing is logged, rows would pile up
+            # All of them: a step's micro-batches are fetched ahead, and `gather_for_metrics` would cut each one to what
+            # the epoch's last holds.
+            self._train_rows.append(self.accelerator.gather(rows))
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -346,24 +343,23 @@ class ORPOTrainer(Trainer):
             counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self._groups_by_length(rows):
-            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(batch_size, lengths=[row["length"] for row in rows])
-        return super()._get_train_sampler(train_dataset)
+    def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
+        return self._prepare(name, rows, batch_size)[0]
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self._groups_by_length(eval_dataset):
-            generator = torch.Generator().manual_seed(self.args.seed)  # the same order on every process
-            return LengthGroupedSampler(
-                self.args.eval_batch_size, lengths=[row["length"] for row in eval_dataset], generator=generator
-            )
-        return super()._get_eval_sampler(eval_dataset)
-
-    def _groups_by_length(self, rows: Any) -> bool:
-        """True where lengths are wanted and Trainer would miss them: it reads them from a datasets.Dataset only."""
-        return self.args.train_sampling_strategy == "group_by_length" and isinstance(rows, list)
+    def _prepare(self, name: str, rows: Any, batch_size: int) -> tuple[Any, Any]:
+        """(tokenised rows, their summary), (None, None) for no rows."""
+        if rows is None:
+            return None, None
+        tokenizer: Any = self.processing_class
+        return prepare_dataset(
+            rows,
+            tokenizer,
+            self.args.max_length,
+            dataset_num_proc=self.args.dataset_num_proc,
+            batch_size=batch_size,
+            name=name,
+            max_positions=None if self.model is None else max_positions(self.model),
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -416,9 +412,5 @@ def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
         # With frozen embeddings nothing that enters a checkpoint would require a gradient.
         model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
+        disable_dropout(model)
     return model

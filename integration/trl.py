@@ -63,15 +63,20 @@ from .data import (
     TOKENIZED_COLUMNS,
     DataSummary,
     announce,
+    check_positions,
     check_rows,
     refuse_splits,
     tokenize_pair,
     truncate_pair,
 )
+from .dropout import disable_dropout
+from .evaluation_rows import EvaluationRows
 from .layout import asked_for, pack_pairs, sides
 from .layout_gate import LayoutGate, model_inputs, moved
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .positions import max_positions
+from .row_order import RowOrder, rows_of_stream
 from .shapes import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from .versions import require
 
@@ -87,7 +92,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(_TrlTrainer):
+class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any
@@ -126,14 +131,33 @@ class _HeadLogps(_TrlTrainer):
             *more,
             **options,
         )
+        if self.args.disable_dropout:  # TRL has switched off what is a module of its own
+            disable_dropout(self.model)
         self.data_summary: DataSummary | None = None
         if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
             rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
+            table = max_positions(self.model)
+            for index, length in enumerate(rows["length"]):
+                check_positions(length, table, f"train_dataset, row {index}")
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
                 self.train_dataset = self.train_dataset.filter(_has_scored_token)
             announce(f"training data: {self.data_summary}", self.args)
+
+    def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
+        if isinstance(rows, Mapping):
+            return _Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
+        if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
+            return rows
+        mappable = _mappable(name, rows, self.processing_class)
+        return mappable.map(maybe_extract_prompt).map(self.tokenize_row)
+
+    def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
+        first = self.args.logging_first_step and self.state.global_step == 0
+        if train_eval == "train" and self.args.logging_strategy == "no" and not first:
+            return  # they would pile up, as nothing is logged
+        super().store_metrics(metrics, train_eval)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""
@@ -335,7 +359,7 @@ class _Stream(torch.utils.data.IterableDataset):
         return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.dataset:
+        for row in rows_of_stream(self.dataset):
             for step in self.steps:
                 row = {**row, **step(row)}
             yield row

@@ -21,7 +21,15 @@ first turns, or {conversations, chosen, rejected}."""
 
 
 @dataclass
-class ModelArguments:
+class _Arguments:
+    def __post_init__(self) -> None:
+        from orpo_kernels.integration.arguments import numbers_from_text
+
+        numbers_from_text(self)
+
+
+@dataclass
+class ModelArguments(_Arguments):
     model_name_or_path: str = field(metadata={"help": "Folder or name of the model, its tokenizer beside it."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a .gguf file in that folder to load."})
     dtype: str = field(
@@ -34,7 +42,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(_Arguments):
     dataset_name: str = field(
         metadata={"help": "Preference pairs: a .json, .jsonl, .csv or .parquet file, a folder, or a dataset's name."}
     )
@@ -46,7 +54,7 @@ class DataArguments:
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(_Arguments):
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the whole model."})
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = build_trainer(model_args, data_args, lora_args, config)
     if trainer.data_summary is None:
         print("streaming data: no summary", flush=True)
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint_of(config.resume_from_checkpoint))
     trainer.save_model()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
@@ -86,7 +94,13 @@ def run(args: argparse.Namespace) -> int:
         path = Path(config.output_dir) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"saved the model and {path.name} in {config.output_dir}")
+    trainer.accelerator.end_training()
     return 0
+
+
+def checkpoint_of(value: str | bool | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` names: a folder, or with True the last one of the output folder."""
+    return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
 
 
 def parse(arguments: list[str]) -> Any:
