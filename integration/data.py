@@ -13,12 +13,15 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import tqdm
 
+from .limits import Limits
 from .row_order import rows_of_stream
 from .shapes import ACCEPTED_SHAPES, SIDES, normalize_example
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 logger = logging.getLogger("orpo_kernels")
+_ROWS_WITHOUT_BAR = 1000
 
 __all__ = [
     "ACCEPTED_SHAPES",
@@ -140,7 +144,7 @@ def prepare_dataset(
     dataset_num_proc: int | None = None,
     batch_size: int = 8,
     name: str = "dataset",
-    max_positions: int | None = None,
+    limits: Limits | None = None,
 ) -> tuple[Any, Any]:
     """Tokenise a data set of preference rows; each row may have any shape `tokenize_pair` takes.
 
@@ -161,10 +165,10 @@ def prepare_dataset(
         dataset: see the table.
         tokenizer: as for `tokenize_pair`.
         max_length: as for `tokenize_pair`.
-        dataset_num_proc: processes for a `datasets.Dataset`; the others are tokenised in this one.
+        dataset_num_proc: processes that tokenise what has a length; None for this one alone.
         batch_size: pairs a batch in the summary's estimate of padding.
         name: what errors call the data set.
-        max_positions: the most tokens that the model has positions for, None for no end: longer rows are an error.
+        limits: what the model can take: other rows are an error.
 
     Returns:
         The prepared data set and its summary.
@@ -186,14 +190,12 @@ def prepare_dataset(
                 dataset_num_proc=dataset_num_proc,
                 batch_size=batch_size,
                 name=f"{name}[{key!r}]",
-                max_positions=max_positions,
+                limits=limits,
             )
         return parts, summaries
 
     check_rows(dataset, name)
-    tokenize = partial(
-        _tokenize_indexed, tokenizer=tokenizer, max_length=max_length, name=name, max_positions=max_positions
-    )
+    tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length, name=name, limits=limits)
     # Whoever holds one of its data sets has imported the package, so it need not be installed here.
     package = sys.modules.get("datasets")
     rows: Any
@@ -214,7 +216,7 @@ def prepare_dataset(
     elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset, name):
         return _LazyPairs(dataset, tokenize), None
     else:
-        rows = [tokenize(dataset[index], index) for index in range(len(dataset))]
+        rows = _tokenized(dataset, tokenize, dataset_num_proc)
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
             rows = list(filter(_usable, rows))
@@ -223,13 +225,37 @@ def prepare_dataset(
     return rows, summary
 
 
+def _tokenized(dataset: Any, tokenize: Callable[..., dict[str, Any]], processes: int | None) -> list[dict[str, Any]]:
+    """The rows of what has a length and items, with a bar where that takes long."""
+    count = len(dataset)
+    bar = partial(tqdm, total=count, desc="Tokenizing preference pairs", disable=count < _ROWS_WITHOUT_BAR)
+    if processes is None or processes <= 1:
+        return [tokenize(dataset[index], index) for index in bar(range(count))]
+    examples = (dataset[index] for index in range(count))
+    with ProcessPoolExecutor(processes, initializer=_hold, initargs=(tokenize,)) as pool:
+        return list(bar(pool.map(_tokenize_held, examples, range(count), chunksize=max(1, count // (8 * processes)))))
+
+
+_held: Callable[..., dict[str, Any]]
+
+
+def _hold(tokenize: Callable[..., dict[str, Any]]) -> None:
+    """In a worker: the tokenizer crosses once, not with every row."""
+    global _held
+    _held = tokenize
+
+
+def _tokenize_held(example: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return _held(example, index)
+
+
 def _tokenize_indexed(
     example: Mapping[str, Any],
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     name: str,
-    max_positions: int | None,
+    limits: Limits | None,
 ) -> dict[str, Any]:
     # A template raises errors of any type, jinja2's and its own.
     try:
@@ -237,17 +263,9 @@ def _tokenize_indexed(
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{name}, row {index}: {kind}{error}") from error
-    check_positions(row["length"], max_positions, f"{name}, row {index}")
+    if limits is not None:
+        limits.check(row, f"{name}, row {index}")
     return row
-
-
-def check_positions(length: int, max_positions: int | None, where: str) -> None:
-    """ValueError for a row of more tokens than the model has positions for."""
-    if max_positions is not None and length > max_positions:
-        raise ValueError(
-            f"{where}: {length} tokens, and the model has a table of {max_positions} positions: "
-            f"use max_length={max_positions} or less"
-        )
 
 
 def check_rows(dataset: Any, name: str) -> None:

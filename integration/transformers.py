@@ -40,10 +40,11 @@ from .evaluation_rows import EvaluationRows
 from .flat_pairs import flat_counts, flat_pair_rows
 from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
+from .limits import Limits
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
-from .positions import max_positions
 from .row_order import RowOrder
+from .tokenization import check_max_length
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -102,7 +103,9 @@ class ORPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens a packed row; a pair must fit into one. Default: one row a batch."},
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the data. Default: this one."}
+    )
     scratch_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
     )
@@ -119,6 +122,7 @@ class ORPOConfig(TrainingArguments):
             )
         if self.loss_normalization not in ("batch", "global"):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
+        check_max_length(self.max_length)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
         asked_for(self.packing, self.share_prefix, self.packing_length)
@@ -205,6 +209,8 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
                 f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
             )
         refuse_splits(train_dataset, "train_dataset")
+        if model is not None:
+            Limits.of(model).check_tokenizer(processing_class)
         # Asked for before Trainer's own constructor has set them.
         self.args, self.model, self.processing_class = args, model, processing_class
         train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
@@ -358,7 +364,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
             dataset_num_proc=self.args.dataset_num_proc,
             batch_size=batch_size,
             name=name,
-            max_positions=None if self.model is None else max_positions(self.model),
+            limits=None if self.model is None else Limits.of(self.model),
         )
 
     def prediction_step(

@@ -63,7 +63,6 @@ from .data import (
     TOKENIZED_COLUMNS,
     DataSummary,
     announce,
-    check_positions,
     check_rows,
     refuse_splits,
     tokenize_pair,
@@ -73,9 +72,9 @@ from .dropout import disable_dropout
 from .evaluation_rows import EvaluationRows
 from .layout import asked_for, pack_pairs, sides
 from .layout_gate import LayoutGate, model_inputs, moved
+from .limits import Limits
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
-from .positions import max_positions
 from .row_order import RowOrder, rows_of_stream
 from .shapes import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from .versions import require
@@ -136,9 +135,10 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         self.data_summary: DataSummary | None = None
         if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
             rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
-            table = max_positions(self.model)
+            limits = Limits.of(self.model)
+            limits.check_tokenizer(self.processing_class)
             for index, length in enumerate(rows["length"]):
-                check_positions(length, table, f"train_dataset, row {index}")
+                limits.check_length(length, f"train_dataset, row {index}")
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:

@@ -45,7 +45,7 @@ def test_what_is_no_number_is_named(line: str, message: str, tmp_path: Path) -> 
     key = line.partition(":")[0]
     kept = [other for other in YAML.format(folder=tmp_path).splitlines() if not other.startswith(key)]
     file.write_text("\n".join([*kept, line]))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         parse([str(file)])
 
 

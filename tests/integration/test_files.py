@@ -75,5 +75,5 @@ def test_what_is_wrong_is_named(name: str, content: str | bytes, message: str, t
     path = written(tmp_path, name, content)
     with pytest.raises(ValueError, match=message):
         read_pairs(path)
-    with pytest.raises(SystemExit, match=message):  # and on the command line, in one line
+    with pytest.raises(ValueError, match=message):  # and on the command line, in one line
         load_pairs(DataArguments(str(path)))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -114,9 +113,8 @@ def _process(rank: int, folder: Path) -> None:
     seen = watch(trainer)
     trainer.train()
     torch.save((seen, trainer.state.log_history[0]), folder / f"{rank}.pt")
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def test_metrics_of_two_processes(tmp_path: Path) -> None:
