@@ -433,11 +433,13 @@ def test_the_trainer_needs_accelerate_and_no_more(model_folder: Path, tmp_path: 
     done = run_without(
         PEERS,
         """
+        import contextlib, io
         from orpo_kernels.__main__ import main
         assert main(["train", *sys.argv[1:]]) == 0
         for more in (["--use_peft"], ["--dataset_name", "a_name"]):
-            sys.stderr = sys.stdout
-            assert main(["train", *sys.argv[1:], *more]) == 2
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert main(["train", *sys.argv[1:], *more]) == 2
+            print(said.getvalue().splitlines()[-1])
         from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
         from transformers import AutoModelForCausalLM, AutoTokenizer
         folder = sys.argv[sys.argv.index("--model_name_or_path") + 1]
