@@ -8,9 +8,10 @@ The training loss of one optimiser step is the mean over its micro-batches of ea
 (`loss_normalization="batch"`); with `"global"` the tokens and pairs of the whole step, over all processes, are
 counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs then give the same step.
 
-Batches are padded rows by default. `packing=True` lays them out without padding and, unless `share_prefix=False`,
-with each prompt once (`layout`): fewer tokens, the same loss and gradients. Whether the model can have that is
-tried on the first batch (`layout_gate`); one that cannot gets padded rows, with a warning.
+Batches are laid out without padding and, unless `share_prefix=False`, with each prompt once (`layout`): fewer tokens,
+the same loss and gradients. By default (`packing="auto"`) that is so where it saves a tenth of the tokens; `True` asks
+for it, `False` for padded rows. Whether the model can have it is tried on the first batch (`layout_gate`); one that
+cannot gets padded rows, and a warning where it was asked for.
 
 `logits/chosen` and `logits/rejected` are means over the tokens of each sequence, its prompt included and padding not,
 so they are the same in every layout. A model that soft-caps its logits has none.
@@ -25,7 +26,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
@@ -44,11 +52,13 @@ from .limits import Limits
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
 from .row_order import RowOrder
+from .segment_kernels import flash_is_installed
 from .tokenization import check_max_length
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
 _SUMMARY_PAIRS = 1000  # enough for a mean
+_WORTH = 0.1  # the share of the tokens that packing="auto" is to save
 _NORMALIZERS = ("nll_normalizer", "pair_normalizer")
 
 
@@ -91,10 +101,14 @@ class ORPOConfig(TrainingArguments):
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
     )
-    packing: bool = field(
-        default=False, metadata={"help": "Lay sequences out one after the other in a row instead of padding them."}
+    # Or True, or False: annotated as what a command line gives; the next too.
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "Lay sequences out one after the other in a row instead of padding them. auto: where that computes "
+            "a tenth fewer tokens and the model allows it; on a GPU with FlashAttention only."
+        },
     )
-    # Or True, or False: annotated as what a command line gives.
     share_prefix: str = field(
         default="auto",
         metadata={"help": "Compute each pair's prompt once. auto: where packing is on. True packs too."},
@@ -132,8 +146,14 @@ class ORPOConfig(TrainingArguments):
 
     @property
     def layout(self) -> Name:
-        """What batches are to be, if the model allows it."""
+        """What batches are to be, if the model allows it and, with packing="auto", it is worth it."""
         return asked_for(self.packing, self.share_prefix)
+
+    @property
+    def packs_where_worth_it(self) -> bool:
+        """Whether nothing but packing="auto" asks for a layout."""
+        automatic = str(self.packing).lower() == "auto" and str(self.share_prefix).lower() != "true"
+        return automatic and self.packing_length is None
 
     @property
     def plan(self) -> Plan:
@@ -189,25 +209,6 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
             model = _prepare_model(model, args, peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config was given with model_init: wrap the model inside model_init instead")
-        if data_collator is None:
-            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
-            if args.layout == "padded":
-                data_collator = PreferenceCollator(
-                    processing_class, padding_value=args.padding_value, nll_over=nll_over
-                )
-            else:
-                data_collator = LayoutCollator(
-                    processing_class,
-                    args.layout,
-                    row_length=args.packing_length,
-                    padding_value=args.padding_value,
-                    nll_over=nll_over,
-                )
-        elif args.layout != "padded" and not isinstance(data_collator, LayoutCollator):
-            raise ValueError(
-                f"a {type(data_collator).__name__} was given with packing={args.packing} and "
-                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
-            )
         refuse_splits(train_dataset, "train_dataset")
         if model is not None:
             Limits.of(model).check_tokenizer(processing_class)
@@ -215,6 +216,8 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         self.args, self.model, self.processing_class = args, model, processing_class
         train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
         eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
+        tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
+        data_collator = self._collator(data_collator, tokens)
         accelerator_config: Any = args.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
@@ -237,16 +240,60 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         # Whether Trainer divides the loss by the number of micro-batches hangs on this and on a count being given.
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
-        if self.data_summary is not None:
-            some = [train_rows[index] for index in range(min(len(train_rows), _SUMMARY_PAIRS))]
-            batch_size = args.per_device_train_batch_size
-            tokens = tokens_a_step(some, batch_size)
-            listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
-            announce(
-                f"training data: {self.data_summary}\n"
-                f"tokens a batch of {batch_size} pairs: {listed}; asked for: {args.layout}",
-                args,
+        if tokens:
+            announce(f"training data: {self.data_summary}\n{self._layout_told(tokens)}", args)
+
+    def _tokens_a_batch(self, rows: Any) -> dict[Name, float]:
+        """Tokens that the model computes for a batch of the training rows, by layout; of some rows, in about the order
+        that the sampler gives."""
+        some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
+        if self.args.train_sampling_strategy == "group_by_length":
+            some.sort(key=lambda row: -row["length"])
+        return tokens_a_step(some, self.args.per_device_train_batch_size)
+
+    def _collator(self, given: Any, tokens: dict[Name, float]) -> Any:
+        """The collator of the layout that is asked for or, with packing="auto", worth it."""
+        args, tokenizer = self.args, self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        wanted = args.layout
+        if args.packs_where_worth_it and (given is not None or not self._is_worth_packing(tokens)):
+            wanted = "padded"
+        if given is None and wanted == "padded":
+            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+            return PreferenceCollator(tokenizer, padding_value=args.padding_value, nll_over=nll_over)
+        if given is None:
+            nll_over = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+            return LayoutCollator(
+                tokenizer,
+                wanted,
+                row_length=args.packing_length,
+                padding_value=args.padding_value,
+                nll_over=nll_over,
             )
+        if wanted != "padded" and not isinstance(given, LayoutCollator):
+            raise ValueError(
+                f"a {type(given).__name__} was given with packing={args.packing} and "
+                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
+            )
+        return given
+
+    def _is_worth_packing(self, tokens: dict[Name, float]) -> bool:
+        """Whether fewer tokens are computed by a tenth, with attention that has been measured to profit."""
+        if not tokens or tokens[self.args.layout] > (1 - _WORTH) * tokens["padded"]:
+            return False
+        return self.args.device.type == "cpu" or (flash_is_installed() and (self.args.bf16 or self.args.fp16))
+
+    def _layout_told(self, tokens: dict[Name, float]) -> str:
+        """The tokens of a batch in each layout, which it is, and what that means."""
+        listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
+        used: Name = getattr(self.data_collator, "name", "padded")
+        best: Name = self.args.layout if self.args.layout != "padded" else "shared"
+        saved = 1 - tokens[best] / tokens["padded"]
+        if used == "padded":
+            meaning = f"rows are padded; packing=True would compute {saved:.0%} fewer tokens"
+        else:
+            meaning = f"rows are {used}, which computes {saved:.0%} fewer tokens than padded ones"
+        return f"tokens a batch of {self.args.per_device_train_batch_size} pairs: {listed}; {meaning}"
 
     def orpo(
         self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | None = None
@@ -257,7 +304,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         """
         if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
             self._logps = attach(self.model, self.args.plan)
-            self._gate = LayoutGate(self._logps, self._everywhere)
+            self._gate = LayoutGate(self._logps, self._everywhere, asked_for=not self.args.packs_where_worth_it)
         normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
         score = self._score_layout if "layout" in inputs else self._score_padded
         output, outputs, rows_of = score(self._logps, model, dict(inputs), normalizers)

@@ -67,6 +67,10 @@ def watch(trainer: Any) -> list[int]:
     compute_loss = trainer.compute_loss
 
     def watched(model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        if "layout" in inputs:
+            found = [torch.tensor(pair["chosen_input_ids"]) for pair in inputs["layout"].pairs]
+            seen.extend(int(ids[ids >= 3][0]) - 3 for ids in found)
+            return compute_loss(model, inputs, *args, **more)
         ids: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["chosen_input_ids"]
         first = ids[: len(ids) // 2] if "input_ids" in inputs else ids
         seen.extend(int(row[row >= 3][0]) - 3 for row in first)
@@ -123,6 +127,36 @@ def test_metrics_of_two_processes(tmp_path: Path) -> None:
     trained = [pairs(14)[name] for name in first + second]
     assert {*first, *second} == set(range(14))
     assert logs["rewards/accuracies"] == pytest.approx(accuracy(trained))
+
+
+GLOBAL = {"loss_normalization": "global", "train_sampling_strategy": "sequential", "learning_rate": 0.5, "optim": "sgd"}
+
+
+def _global(rank: int, folder: Path, accumulation: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "29544"
+    options = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make(OWN, folder, pairs(12), **GLOBAL, **options)
+    trainer.train()
+    if rank == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        torch.save(dict(model.named_parameters()), folder / f"{accumulation}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_global_normalization_is_that_of_one_process(accumulation: int, tmp_path: Path) -> None:
+    """1 x 4 pairs, and in two processes 2 x 2 and 2 x 2 x 1."""
+    alone = make(OWN, tmp_path, pairs(12), per_device_train_batch_size=4, **GLOBAL)
+    first = {name: parameter.detach().clone() for name, parameter in alone.model.named_parameters()}
+    alone.train()
+    mp.spawn(_global, (tmp_path, accumulation), nprocs=2)
+    found = torch.load(tmp_path / f"{accumulation}.pt")
+    for name, parameter in alone.model.named_parameters():
+        moved = (parameter - first[name]).norm()
+        assert (parameter - found[name]).norm() <= 1e-4 * moved, name
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
