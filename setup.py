@@ -10,6 +10,8 @@ PEFT = "peft>=0.18"
 DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.8", "psutil", "tqdm"]
 TRL = ["trl>=1.16,<1.17", PEFT, "accelerate>=1.1", "datasets>=3"]
 
+INTEGRATION = [f"orpo_kernels.{name}" for name in ["integration", *find_packages(include=["integration.*"])]]
+
 setup(
     name="orpo_kernels",
     version="0.1.0",
@@ -18,8 +20,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["orpo_kernels", "orpo_kernels.*"]), "orpo_kernels.integration"],
-    package_dir={"orpo_kernels.integration": "integration"},
+    packages=[*find_packages(include=["orpo_kernels", "orpo_kernels.*"]), *INTEGRATION],
+    package_dir={name: name.removeprefix("orpo_kernels.").replace(".", "/") for name in INTEGRATION},
     package_data={"orpo_kernels": ["py.typed", "demo_data/*"]},
     install_requires=["torch>=2.11,<2.14", TRANSFORMERS],
     extras_require={

@@ -144,8 +144,8 @@ def _trainer(specification: dict[str, Any]) -> Any:
 
 def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
     """Enough pairs of the file, shuffled, that need no cutting."""
-    from orpo_kernels.integration.files import read_pairs
-    from orpo_kernels.integration.tokenization import tokenize_pair
+    from orpo_kernels.integration.data.files import read_pairs
+    from orpo_kernels.integration.data.tokenization import tokenize_pair
 
     rows = read_pairs(Path(specification["pairs"]))
     random.Random(0).shuffle(rows)
@@ -164,7 +164,7 @@ def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, st
 
 def _rendered(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
     """Strings that end where the template's last turn does: TRL puts an EOS token behind anything else."""
-    from orpo_kernels.integration.shapes import normalize_example, shared_length
+    from orpo_kernels.integration.data.formats import normalize_example, shared_length
 
     pair = normalize_example(row)
     if isinstance(pair["prompt"], str):

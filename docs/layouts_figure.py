@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from orpo_kernels.integration.layout import Name, lay_out
-from orpo_kernels.integration.segments import Segments
+from orpo_kernels.integration.packing.layout import Name, lay_out
+from orpo_kernels.integration.packing.segments import Segments
 
 COLORS = {"fill": "#ececec", "prompt": "#8da0cb", "chosen": "#66c2a5", "rejected": "#fc8d62"}
 PROMPT, CHOSEN, REJECTED = 1, 2, 3

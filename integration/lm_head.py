@@ -1,9 +1,10 @@
 """Log-probabilities from inside a model's own head, in the place of its logits.
 
 The model's own forward runs unchanged and calls its own head; only what the head does for the one call that has
-been *requested* differs (`request`). So every architecture works, and whatever wraps the model (autocast, FSDP,
+been *requested* differs (`head.call`). So every architecture works, and whatever wraps the model (autocast, FSDP,
 ZeRO, offload hooks, adapters in the backbone) has done its part by the time the head is called. What the model
-does to its logits after the head is found out on the first batch (`transform`) and checked again on every step.
+does to its logits after the head is found out on the first batch (`head.logit_transform`) and checked again on every
+step.
 
     ours = attach(model)
     logps, outputs = ours.logps(shift_labels(labels), input_ids=ids, attention_mask=mask)
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
-from .adapter import virtual_tokens
-from .patch import bare_model, head_and_adapters, patch, patch_adapters, unpatch
-from .request import Request, check_shape, forward, join, run, whole
-from .transform import PROBES, Transform, anchor_values, check_untrained, infer_transform
+from .head.call import Request, check_shape, forward, join, run, whole
+from .head.logit_transform import PROBES, Transform, anchor_values, check_untrained, infer_transform
+from .head.lora import virtual_tokens
+from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_adapters, unpatch
 
 logger = logging.getLogger("orpo_kernels")
 
@@ -177,15 +178,6 @@ def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
         if isinstance(wrapper, nn.DataParallel):
             raise ValueError("nn.DataParallel replicates the head per thread: use DistributedDataParallel instead")
         wrapper = wrapper._modules.get("module")
-
-
-def head_rows(head: nn.Linear) -> int:
-    """V, from the weight where it is whole: adapters replace it without the layer's description following.
-
-    It may be sharded or elsewhere until the model calls it; then the description counts.
-    """
-    shape = getattr(head.weight, "ds_shape", head.weight.shape)
-    return shape[0] if len(shape) == 2 and shape[0] > 0 else head.out_features
 
 
 def _behind(virtual: int, targets: Tensor, over: Any, ignore_index: int) -> tuple[Tensor, Any]:

@@ -8,10 +8,10 @@ The training loss of one optimiser step is the mean over its micro-batches of ea
 (`loss_normalization="batch"`); with `"global"` the tokens and pairs of the whole step, over all processes, are
 counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs then give the same step.
 
-Batches are laid out without padding and, unless `share_prefix=False`, with each prompt once (`layout`): fewer tokens,
-the same loss and gradients. By default (`packing="auto"`) that is so where it saves a tenth of the tokens; `True` asks
-for it, `False` for padded rows. Whether the model can have it is tried on the first batch (`layout_gate`); one that
-cannot gets padded rows, and a warning where it was asked for.
+Batches are laid out without padding and, unless `share_prefix=False`, with each prompt once (`packing.layout`): fewer
+tokens, the same loss and gradients. By default (`packing="auto"`) that is so where it saves a tenth of the tokens;
+`True` asks for it, `False` for padded rows. Whether the model can have it is tried on the first batch (`packing.gate`);
+one that cannot gets padded rows, and a warning where it was asked for.
 
 `logits/chosen` and `logits/rejected` are means over the tokens of each sequence, its prompt included and padding not,
 so they are the same in every layout. A model that soft-caps its logits has none.
@@ -40,20 +40,19 @@ from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
-from .arguments import numbers_from_text
-from .collator import LayoutCollator, PreferenceCollator
-from .data import announce, prepare_dataset, refuse_splits
-from .dropout import disable_dropout
-from .evaluation_rows import EvaluationRows
-from .flat_pairs import flat_counts, flat_pair_rows
-from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
-from .layout_gate import LayoutGate, model_inputs
-from .limits import Limits
+from .data.collator import LayoutCollator, PreferenceCollator
+from .data.dataset import announce, prepare_dataset, refuse_splits
+from .data.limits import Limits
+from .data.tokenization import check_max_length
 from .lm_head import ModelLogps, attach
-from .pair_table import pair_metrics, pair_rows
-from .row_order import RowOrder
-from .segment_kernels import flash_is_installed
-from .tokenization import check_max_length
+from .metrics import flat_counts, flat_pair_rows, pair_metrics, pair_rows
+from .packing.gate import LayoutGate, model_inputs
+from .packing.kernels import flash_is_installed
+from .packing.layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
+from .training.arguments import numbers_from_text
+from .training.dropout import disable_dropout
+from .training.evaluation_rows import EvaluationRows
+from .training.row_order import RowOrder
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -167,7 +166,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
     args: `ORPOConfig`.
     train_dataset, eval_dataset: rows of any shape that `data.tokenize_pair` takes, or already tokenised ones;
         lists, datasets.Dataset, iterable ones; eval_dataset may be a dict of them. Text only: a row with an image is
-        refused (`shapes.refuse_images`).
+        refused (`data.formats.refuse_images`).
     processing_class: the tokenizer; by default the model's.
     data_collator: by default `PreferenceCollator` with the preset's NLL, or `LayoutCollator` with packing.
     peft_config: a PEFT configuration to wrap the model in.
@@ -273,7 +272,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         if wanted != "padded" and not isinstance(given, LayoutCollator):
             raise ValueError(
                 f"a {type(given).__name__} was given with packing={args.packing} and "
-                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
+                f"share_prefix={args.share_prefix!r}: leave it out, or use data.LayoutCollator"
             )
         return given
 

@@ -20,10 +20,10 @@ TRL 1.16 is wrong or stops there:
 - Messages. What Arrow has filled up with None does not reach the chat template, contents may be lists of text parts,
   and template options and the arguments of calls JSON text (`chat`). An error names the row.
 - Images. TRL leaves out what an `images` column holds, and lets the chat template print messages whose content is a
-  list. Here such rows are refused (`shapes.refuse_images`).
+  list. Here such rows are refused (`data.formats.refuse_images`).
 - Packing. `packing=True` lays sequences out one after the other instead of padding them and, unless
-  `share_prefix=False`, each pair's prompt once (`layout`): fewer tokens, the same loss. A model that cannot have
-  that gets padded rows, with a warning (`layout_gate`). `logits/chosen` and `logits/rejected` are means over each
+  `share_prefix=False`, each pair's prompt once (`packing.layout`): fewer tokens, the same loss. A model that cannot
+  have that gets padded rows, with a warning (`packing.gate`). `logits/chosen` and `logits/rejected` are means over each
   sequence's own tokens, prompt included, then over sequences: there is no padding for them to count as TRL's do.
 - `logits/chosen` and `logits/rejected` of a model that soft-caps its logits: their mean has no form without
   them. Left out (ORPO) or NaN (CPO).
@@ -58,8 +58,8 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
-from .chat import plain_turn, template_options, without_nulls
-from .data import (
+from .data.chat import plain_turn, template_options, without_nulls
+from .data.dataset import (
     TOKENIZED_COLUMNS,
     DataSummary,
     announce,
@@ -68,15 +68,16 @@ from .data import (
     tokenize_pair,
     truncate_pair,
 )
-from .dropout import disable_dropout
-from .evaluation_rows import EvaluationRows
-from .layout import asked_for, pack_pairs, sides
-from .layout_gate import LayoutGate, model_inputs, moved
-from .limits import Limits
+from .data.formats import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
+from .data.limits import Limits
+from .data.streams import rows_of_stream
 from .lm_head import ModelLogps, attach
-from .pair_table import pair_metrics, pair_rows
-from .row_order import RowOrder, rows_of_stream
-from .shapes import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
+from .metrics import pair_metrics, pair_rows
+from .packing.gate import LayoutGate, model_inputs, moved
+from .packing.layout import asked_for, pack_pairs, sides
+from .training.dropout import disable_dropout
+from .training.evaluation_rows import EvaluationRows
+from .training.row_order import RowOrder
 from .versions import require
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_kernels.backend import choose, forward_head
+from orpo_kernels.kernels.dispatch import choose, forward_head
 from orpo_kernels.kernels.interface import Head, Kept, Tokens
 from orpo_kernels.plan import MIB, Plan
 from orpo_kernels.tokens import RowGroups

@@ -128,7 +128,7 @@ def estimate(
 
 
 def _schedule(plan: Plan, head: HeadSize, tokens: int, dtype: torch.dtype, device: str, **trains: Any) -> Schedule:
-    """The loop sizes that a call would choose (`backend.choose`): the kernels' where they serve the dtype."""
+    """The loop sizes that a call would choose (`kernels.dispatch.choose`): the kernels' where they serve the dtype."""
     sizes: Any = (tokens, head.hidden_size, head.vocab_size, dtype, device)
     softcap = head.softcap is not None
     if device != "cpu" and dtype in (torch.bfloat16, torch.float32):

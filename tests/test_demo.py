@@ -19,14 +19,15 @@ from transformers import (
 )
 
 from orpo_kernels.__main__ import main
-from orpo_kernels.commands import demo, loss_memory
-from orpo_kernels.commands.compare import Comparison, full_logits_loss
-from orpo_kernels.commands.demo_progress import Progress
-from orpo_kernels.integration.transform import Transform
+from orpo_kernels.commands import demo
+from orpo_kernels.demo import loss_memory
+from orpo_kernels.demo.compare import Comparison, full_logits_loss
+from orpo_kernels.demo.progress import Progress
+from orpo_kernels.integration.head.logit_transform import Transform
 from orpo_kernels.integration.transformers import ORPOTrainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-from orpo_kernels.commands import demo_run  # noqa: E402  (trains an adapter)
+from orpo_kernels.demo import run as demo_run  # noqa: E402  (trains an adapter)
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"

@@ -21,8 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_kernels import Plan, backend, linear_logps
+from orpo_kernels import Plan, linear_logps
 from orpo_kernels.autograd import HeadOptions
+from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
 from orpo_kernels.linear_logps import scored_logps
 from orpo_kernels.plan import _CPU_LIBRARY, MIB, Schedule
@@ -132,7 +133,7 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fake(torch_backend: None) -> Iterator[None]:
     """Fake CPU tensors."""
-    torch_path._has_mixed_product(torch.device("cpu"), torch.bfloat16)  # Found out on real ones, and cached.
+    torch_path.has_mixed_product(torch.device("cpu"), torch.bfloat16)  # Found out on real ones, and cached.
     with FakeTensorMode():
         yield
 
@@ -140,7 +141,7 @@ def fake(torch_backend: None) -> Iterator[None]:
 @pytest.fixture
 def fake_gpu(torch_backend: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without memory that is not a CPU, with a GPU's product of 16-bit operands."""
-    monkeypatch.setattr(torch_path, "_has_mixed_product", lambda device, dtype: True)
+    monkeypatch.setattr(torch_path, "has_mixed_product", lambda device, dtype: True)
     monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
     return "meta"
 

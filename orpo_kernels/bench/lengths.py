@@ -39,7 +39,7 @@ def from_file(path: Path, pairs: int, seed: int = 0) -> Lengths:
 
 def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
     """The rows of a file that `integration.files` reads. Raises ValueError that starts with `option` if it has none."""
-    from orpo_kernels.integration.files import read_pairs
+    from orpo_kernels.integration.data.files import read_pairs
 
     try:
         return read_pairs(path)
@@ -50,7 +50,7 @@ def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
 
 
 def _of_row(row: dict[str, Any]) -> tuple[int, int, int]:
-    from orpo_kernels.integration.shapes import normalize_example
+    from orpo_kernels.integration.data.formats import normalize_example
 
     parts = ("prompt", "chosen", "rejected")
     if all(isinstance(row.get(part), int) for part in parts):

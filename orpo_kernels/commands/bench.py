@@ -16,8 +16,8 @@ from orpo_kernels.bench import lengths, report, runner
 from orpo_kernels.bench.child import MODES
 from orpo_kernels.bench.peers import PEERS
 from orpo_kernels.bench.problem import Problem
+from orpo_kernels.bench.progress import with_progress
 from orpo_kernels.commands import bench_layouts
-from orpo_kernels.commands.bench_progress import with_progress
 from orpo_kernels.estimate import MODELS, head_of_model
 
 _DTYPES = ("float32", "bfloat16", "float16")

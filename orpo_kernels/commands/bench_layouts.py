@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from orpo_kernels.commands.bench_progress import with_progress
+from orpo_kernels.bench.progress import with_progress
 
 # Those that nothing else takes, and those of the others that apply here too.
 OPTIONS = ("micro_batches", "count", "check")

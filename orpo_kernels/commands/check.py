@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.backend import why_not_triton
+from orpo_kernels.kernels.dispatch import why_not_triton
 from orpo_kernels.kernels.interface import Head
 from orpo_kernels.linear_logps import linear_logps
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         # Other libraries' warnings about their use of each other.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 
-        from orpo_kernels.commands import demo_run
+        from orpo_kernels.demo import run as demo_run
 
         name = _MODEL_NAME if args.model is None else Path(args.model).name or args.model
         print(f"Loading {name}", flush=True)

@@ -27,7 +27,7 @@ first turns, or {conversations, chosen, rejected}."""
 @dataclass
 class _Arguments:
     def __post_init__(self) -> None:
-        from orpo_kernels.integration.arguments import numbers_from_text
+        from orpo_kernels.integration.training.arguments import numbers_from_text
 
         numbers_from_text(self)
 
@@ -212,8 +212,8 @@ def check_folders(model: str, output: Path) -> None:
 
 def check_shapes(rows: Any, what: str) -> None:
     """ValueError for a row of none of the accepted shapes, before the model is loaded."""
-    from orpo_kernels.integration.shapes import normalize_example
-    from orpo_kernels.integration.tokenization import REQUIRED_COLUMNS
+    from orpo_kernels.integration.data.formats import normalize_example
+    from orpo_kernels.integration.data.tokenization import REQUIRED_COLUMNS
 
     for index in range(len(rows) if isinstance(rows, list) else 0):
         if not all(column in rows[index] for column in REQUIRED_COLUMNS):
@@ -251,7 +251,7 @@ def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
 
 
 def _load(data_args: DataArguments) -> tuple[Any, Any]:
-    from orpo_kernels.integration.files import ENDINGS, read_pairs
+    from orpo_kernels.integration.data.files import ENDINGS, read_pairs
 
     path = Path(data_args.dataset_name)
     if path.suffix in ENDINGS and not path.exists():

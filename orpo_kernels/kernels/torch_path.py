@@ -20,13 +20,13 @@ by widening the operands, which is exact.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.plan import MIB, Schedule
 
 # e^8 = 2981 fits fp16 and costs no accuracy; a larger slack would only help inputs no model produces.
@@ -54,7 +54,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             block,
         )
 
-    for chunk in _chunks(n, schedule.forward_chunk, schedule.keep_rows):
+    for chunk in chunks_of(n, schedule.forward_chunk, schedule.keep_rows):
         h = math.hidden_rows(tokens, chunk)
         y = tokens.targets[chunk]
         keep = kept is not None and chunk.start < schedule.keep_rows
@@ -70,7 +70,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             total.zero_()
         tile = math.tile_buffer(c, min(block, v))
 
-        for group, columns in enumerate(_chunks(v, block)):
+        for group, columns in enumerate(chunks_of(v, block)):
             w = math.weight_rows(columns)
             # Where kept values are as wide as logits, the tile is made in their place.
             own = kept.at(chunk, columns) if keep and kept is not None and head.compute_dtype == wide else None
@@ -161,14 +161,14 @@ def weight_gradient(
     tile = math.tile_buffer(min(chunk_size, n), min(block, v))
     slope_y = None
     if keep_rows and head.softcap is not None:
-        parts = _chunks(keep_rows, max(1, chunk_size // 4))
+        parts = chunks_of(keep_rows, max(1, chunk_size // 4))
         slope_y = torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
 
     total_buffer = None
     if not in_place and (d_weight is not None or d_adapter is not None):
         total_buffer = torch.empty(min(block, v), trained.stop - trained.start, dtype=wide, device=device)
 
-    chunks = list(_chunks(n, chunk_size, keep_rows))
+    chunks = list(chunks_of(n, chunk_size, keep_rows))
     # Rows that serve every block are gathered once.
     whole = math.hidden_rows(tokens, chunks[0]) if len(chunks) == 1 else None
 
@@ -233,7 +233,7 @@ class _Products:
         self.head = head
         self.wide = head.accumulation_dtype
         mixed = head.compute_dtype != self.wide
-        self.mixed_product = mixed and _has_mixed_product(device, head.compute_dtype)
+        self.mixed_product = mixed and has_mixed_product(device, head.compute_dtype)
         self.operand_dtype = head.compute_dtype if self.mixed_product else self.wide
         self._rows: Tensor | None = None
 
@@ -331,20 +331,10 @@ class _Products:
         return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
 
 
-@functools.cache
-def _has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies `dtype` operands into fp32 results."""
-    probe = torch.ones(16, 16, dtype=dtype, device=device)
-    try:
-        return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, NotImplementedError):
-        return False
-
-
 def _parts(rows: int, v: int, block: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Memory for [rows, v] in parts of whole blocks, each large enough to go back to the system when it is freed."""
     width = block * -(-_PART // (rows * block * dtype.itemsize))
-    return [torch.empty(rows, p.stop - p.start, dtype=dtype, device=device) for p in _chunks(v, width)]
+    return [torch.empty(rows, p.stop - p.start, dtype=dtype, device=device) for p in chunks_of(v, width)]
 
 
 def _follow(reference: Tensor, maximum: Tensor) -> Tensor:
@@ -361,13 +351,6 @@ def _target_columns(y: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Each target's column within a block ([C, 1], clamped) and whether it lies there ([C])."""
     inside = (y >= columns.start) & (y < columns.stop)
     return (y - columns.start).clamp_(0, columns.stop - columns.start - 1)[:, None], inside
-
-
-def _chunks(n: int, size: int, boundary: int = 0) -> Iterator[slice]:
-    """Slices of at most `size` that cover [0, n) and do not straddle `boundary`."""
-    for start, stop in ((0, min(boundary, n)), (min(boundary, n), n)):
-        for begin in range(start, stop, size):
-            yield slice(begin, min(begin + size, stop))
 
 
 def _blocks(n: int, size: int, group: int) -> Iterator[slice]:

@@ -29,10 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
-from orpo_kernels.kernels.torch_path import _chunks, _has_mixed_product
 from orpo_kernels.plan import Schedule
 
 # Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
@@ -89,7 +89,7 @@ def forward(
 
     with _on(device):
         target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
-        for chunk in _chunks(n, schedule.forward_chunk, keep):
+        for chunk in chunks_of(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
             keeps = kept is not None and chunk.start < keep
@@ -143,7 +143,7 @@ def weight_gradient(
     keep = kept.reference.shape[0] if kept is not None else 0
     config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
     factors = None if kept is None else _kept_factors(head, coefficient, lse, kept)
-    chunks = list(_chunks(n, chunk_size, keep))
+    chunks = list(chunks_of(n, chunk_size, keep))
     alone = len(chunks) == 1
 
     def operand(chunk: slice) -> Tensor:
@@ -157,7 +157,7 @@ def weight_gradient(
         # Rows that serve every block are made once.
         ready = [operand(chunk) for chunk in chunks] if n == chunk_size else None
         buffer = _tile_buffer(min(chunk_size, n - keep), block, dtype, device, config)
-        for columns in _chunks(v, block):
+        for columns in chunks_of(v, block):
             launch = _Launcher(head, config, columns) if keep < n else None
             width = columns.stop - columns.start
             dest = d_weight[columns] if d_weight is not None else None
@@ -380,7 +380,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
         if total is None:
             return torch.mm(a, b, out=place)
         return torch.addmm(total, a, b, out=total)
-    if _has_mixed_product(a.device, a.dtype):
+    if has_mixed_product(a.device, a.dtype):
         if total is not None:
             return torch.addmm(total, a, b, out_dtype=wide, out=total)
         if place is not None:
@@ -388,14 +388,14 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
         return torch.mm(a, b, out_dtype=wide)
     if total is None:
         total = torch.zeros(out.shape, dtype=wide, device=a.device)
-    for part in _chunks(a.shape[1], _WIDENED):
+    for part in chunks_of(a.shape[1], _WIDENED):
         torch.addmm(total, a[:, part].to(wide), b[part].to(wide), out=total)
     return total
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`a @ b`, summed in fp32 and rounded once to the dtype of `out`."""
-    if out.dtype == a.dtype and _has_mixed_product(a.device, a.dtype):
+    if out.dtype == a.dtype and has_mixed_product(a.device, a.dtype):
         with _fp32_reductions():
             torch.mm(a, b, out=out)
         return

@@ -60,8 +60,8 @@ from wrapping import (
     train,
 )
 
+from orpo_kernels.integration.head.logit_transform import Transform
 from orpo_kernels.integration.lm_head import ModelLogps, attach
-from orpo_kernels.integration.transform import Transform
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 from orpo_kernels.loss import merge_targets
 

@@ -42,7 +42,7 @@ from wrapping import (
     with_a_frozen,
 )
 
-from orpo_kernels.integration import request as request_module
+from orpo_kernels.integration.head import call as request_module
 from orpo_kernels.integration.lm_head import attach, attached
 from orpo_kernels.loss import merge_targets
 from orpo_kernels.plan import Plan, ScratchTooSmall

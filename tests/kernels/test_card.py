@@ -200,7 +200,7 @@ def test_a_captured_call_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_products_of_narrow_operands_have_wide_results(dtype: torch.dtype) -> None:
-    assert torch_path._has_mixed_product(torch.device("cuda"), dtype)
+    assert torch_path.has_mixed_product(torch.device("cuda"), dtype)
     a, b = (torch.randint(-8, 9, (512, 512), device="cuda").to(dtype) for _ in range(2))
     exact = (a.double() @ b.double()).float()
     assert torch.equal(triton_path._add_product(None, a, b, torch.empty(512, 512, device="cuda", dtype=dtype)), exact)

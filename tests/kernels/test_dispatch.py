@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orpo_kernels import Plan, backend, linear_logps
+from orpo_kernels import Plan, linear_logps
+from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import triton_path
 
 TOKENS, D, V = 40, 32, 100  # V is no multiple of a tile

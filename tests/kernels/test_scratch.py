@@ -32,7 +32,7 @@ class Unlaunched:
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tile_kernel", "slow_kernel", "target_kernel", "sum_kernel", "maximum_kernel", "u_kernel"):
         monkeypatch.setattr(triton_path, name, Unlaunched())
-    monkeypatch.setattr(triton_path, "_has_mixed_product", lambda device, dtype: True)
+    monkeypatch.setattr(triton_path, "has_mixed_product", lambda device, dtype: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_kernels.integration.collator import PreferenceCollator, shift_labels
+from orpo_kernels.integration.data.collator import PreferenceCollator, shift_labels
 
 EOS = 9
 PAD_IS_EOS = SimpleNamespace(pad_token_id=EOS, eos_token_id=EOS)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lm_head import ModelLogps
+from .attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
 from .layout import Layout, Name
-from .lm_head import ModelLogps
-from .segment_attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
 
 logger = logging.getLogger("orpo_kernels")
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo_kernels.bench.meter import watch_memory
-from orpo_kernels.commands.compare import full_logits_loss
-from orpo_kernels.integration.transform import Transform
+from orpo_kernels.demo.compare import full_logits_loss
+from orpo_kernels.integration.head.logit_transform import Transform
 from orpo_kernels.loss import orpo_loss
 
 WAYS = ("full_logits", "orpo_kernels")
@@ -57,7 +57,7 @@ def measure(
 
 
 def _in_own_process(way: str, path: Path) -> int:
-    command = [sys.executable, "-m", "orpo_kernels.commands.loss_memory", way, str(path)]
+    command = [sys.executable, "-m", "orpo_kernels.demo.loss_memory", way, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {way} failed ({done.returncode}): {done.stderr.strip()}")

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from orpo_kernels.integration.collator import PreferenceCollator
 from orpo_kernels.integration.data import (
     TOKENIZED_COLUMNS,
     DataSummary,
@@ -26,7 +25,8 @@ from orpo_kernels.integration.data import (
     tokenize_pair,
     truncate_pair,
 )
-from orpo_kernels.integration.tokenization import prompt_length_by_text
+from orpo_kernels.integration.data.collator import PreferenceCollator
+from orpo_kernels.integration.data.tokenization import prompt_length_by_text
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 SIDES = ("chosen", "rejected")

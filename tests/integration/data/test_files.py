@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orpo_kernels.commands.train import DataArguments, load_pairs
-from orpo_kernels.integration.files import read_pairs
+from orpo_kernels.integration.data.files import read_pairs
 
 # What `str.splitlines` takes for ends of lines, and JSON does not.
 NOT_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

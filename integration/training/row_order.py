@@ -1,4 +1,4 @@
-"""In which order a trainer reads its rows: the same in every run of the same seed, resumed or not, and each row once.
+"""In which order a trainer reads its rows: the same in every run of the same seed, resumed or not.
 
 Transformers' length-grouped order draws from the global generator. After a resume that stands elsewhere than it did
 when the epoch began, so that some rows of the epoch would come twice and others never. Here an epoch's order follows
@@ -7,12 +7,11 @@ from the seed and the epoch alone.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 
@@ -67,23 +66,3 @@ class RowOrder:
             return [row["length"] for row in rows]
         columns = getattr(rows, "column_names", None)
         return list(rows["length"]) if hasattr(rows, "__len__") and columns and "length" in columns else None
-
-
-def rows_of_stream(stream: Iterable[Any]) -> Iterator[Any]:
-    """Every row once, however many workers a data loader has: one of them reads them all.
-
-    An iterable that knows nothing of workers would be read whole by each, and one that draws at random, by workers of
-    other seeds, cannot be shared by position. A `datasets.IterableDataset` shares itself, shard by shard.
-    """
-    worker = get_worker_info()
-    package = sys.modules.get("datasets")
-    if worker is None or (package is not None and isinstance(stream, package.IterableDataset)):
-        yield from stream
-    elif worker.id == 0:
-        # A stream that shares itself by worker must find that there is none.
-        state: Any = torch.utils.data._utils.worker
-        state._worker_info = None
-        try:
-            yield from stream
-        finally:
-            state._worker_info = worker

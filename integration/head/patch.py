@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import active_adapters, layer_inside
+from .lora import active_adapters, layer_inside
 
 # In the order in which they are called: beneath accelerate's hook, `forward` is the hook's.
 _SLOTS = ("_old_forward", "forward")
@@ -130,3 +130,12 @@ def plain_forward(head: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> 
 
 def _is_tp_forward(function: Any) -> bool:
     return getattr(function, "__qualname__", "") == "TensorParallelLayer.install_forward.<locals>.tp_forward"
+
+
+def head_rows(head: nn.Linear) -> int:
+    """V, from the weight where it is whole: adapters replace it without the layer's description following.
+
+    It may be sharded or elsewhere until the model calls it; then the description counts.
+    """
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)
+    return shape[0] if len(shape) == 2 and shape[0] > 0 else head.out_features

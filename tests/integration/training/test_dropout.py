@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orpo_kernels.integration.dropout import disable_dropout
+from orpo_kernels.integration.training.dropout import disable_dropout
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .lm_head import head_rows
-from .patch import find_head
+from ..head.patch import find_head, head_rows
 
 # As transformers' families call them.
 _TABLES = {"wpe", "embed_positions", "position_embeddings", "position_embedding", "embed_position"}

@@ -8,7 +8,7 @@
 Fork and join make one path of the two. Hooks on module outputs (FSDP, ZeRO, DDP) fire in the backward only if
 a gradient arrives at the model's output; fork's backward needs both gradients, so it, and with it the head's,
 cannot run before those hooks. The values of `logits` carry no numbers of ours: soft-caps and output casts would
-change them. They carry seven known ones (`transform.PROBES`). Seven columns rather than one, because one would
+change them. They carry seven known ones (`logit_transform.PROBES`). Seven columns rather than one, because one would
 broadcast against a bias or an adapter's output without an error.
 """
 
@@ -26,9 +26,9 @@ from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
 
-from .adapter import LowRank, Step, join_adapters, low_rank_steps
+from .logit_transform import PROBES, Transform, anchor_values
+from .lora import LowRank, Step, join_adapters, low_rank_steps
 from .patch import is_tensor_parallel, plain_forward
-from .transform import PROBES, Transform, anchor_values
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ import torch
 
 from orpo_kernels.linear_logps import shift_labels
 
-from .layout import Name, NllOver, lay_out, sequence_of
+from ..packing.layout import Name, NllOver, lay_out, sequence_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .segment_kernels import flash, flash_is_installed, flex
+from .kernels import flash, flash_is_installed, flex
 from .segments import Segments
 
 # By what stands behind them for calls without segments. Neither holds the word "sdpa" or "flash", by which

@@ -20,13 +20,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 
 from orpo_kernels.bench.machine import describe, versions
-from orpo_kernels.commands import loss_memory
-from orpo_kernels.commands.compare import Comparison
 from orpo_kernels.commands.demo import DemoError
-from orpo_kernels.commands.demo_plot import plot_curves
-from orpo_kernels.commands.demo_progress import Progress
-from orpo_kernels.commands.demo_report import announce, print_results
-from orpo_kernels.integration.files import read_pairs as read_rows
+from orpo_kernels.demo import loss_memory
+from orpo_kernels.demo.compare import Comparison
+from orpo_kernels.demo.plot import plot_curves
+from orpo_kernels.demo.progress import Progress
+from orpo_kernels.demo.report import announce, print_results
+from orpo_kernels.integration.data.files import read_pairs as read_rows
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 
 
@@ -150,6 +150,7 @@ def build_trainer(
         logging_steps=1,
         report_to=[],
         save_strategy="no",
+        packing=False,  # its batches are compared with full logits
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = ORPOTrainer(

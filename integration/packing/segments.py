@@ -48,7 +48,7 @@ class Varlen(NamedTuple):
 class Segments:
     """The segments of a batch [rows, length], by row and, in a row, from its start on without gaps.
 
-    calls: a list to note each layer's (index, window) in, see `layout_gate`; None outside its trial.
+    calls: a list to note each layer's (index, window) in, see `gate`; None outside its trial.
     """
 
     rows: int

@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .chat import template_options
-from .shapes import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, refuse_images, shared_length
+from .formats import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, refuse_images, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

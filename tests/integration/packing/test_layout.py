@@ -23,15 +23,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from orpo_kernels.integration.collator import LayoutCollator, PreferenceCollator
-from orpo_kernels.integration.flat_pairs import flat_counts, flat_pair_rows
-from orpo_kernels.integration.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
-from orpo_kernels.integration.layout import sides as sides_of
-from orpo_kernels.integration.layout_gate import LayoutGate, model_inputs
+from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.pair_table import pair_rows
-from orpo_kernels.integration.segment_attention import restore
-from orpo_kernels.integration.segments import Segment
+from orpo_kernels.integration.metrics import flat_counts, flat_pair_rows, pair_rows
+from orpo_kernels.integration.packing.attention import restore
+from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
+from orpo_kernels.integration.packing.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
+from orpo_kernels.integration.packing.layout import sides as sides_of
+from orpo_kernels.integration.packing.segments import Segment
 from orpo_kernels.integration.transformers import ORPOTrainer
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED, orpo_objective_flat

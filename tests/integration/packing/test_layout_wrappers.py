@@ -13,9 +13,9 @@ from test_wrappers import Fsdp1, ddp, fsdp1, fsdp2
 from torch import Tensor, nn
 from wrapping import checkpointed
 
-from orpo_kernels.integration.layout import pack_pairs
-from orpo_kernels.integration.layout_gate import LayoutGate, model_inputs
 from orpo_kernels.integration.lm_head import ModelLogps
+from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
+from orpo_kernels.integration.packing.layout import pack_pairs
 from orpo_kernels.objective import orpo_objective_flat
 
 PROMPT = 3  # tokens, in `wrapping.make_batch`

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface
 from wrapping import VOCAB, tiny_llama
 
-from orpo_kernels.integration import segment_attention as attention
-from orpo_kernels.integration.layout import pack_pairs, pad_pairs
-from orpo_kernels.integration.layout_gate import LayoutGate, model_inputs, refusal
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.segment_kernels import flash, flex
-from orpo_kernels.integration.segments import Segment, Segments
+from orpo_kernels.integration.packing import attention
+from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs, refusal
+from orpo_kernels.integration.packing.kernels import flash, flex
+from orpo_kernels.integration.packing.layout import pack_pairs, pad_pairs
+from orpo_kernels.integration.packing.segments import Segment, Segments
 from orpo_kernels.objective import orpo_objective_flat
 
 WINDOW = {"sliding_window": 4}

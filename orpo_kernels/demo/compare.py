@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo_kernels.integration.patch import find_head
-from orpo_kernels.integration.transform import Transform
+from orpo_kernels.integration.head.logit_transform import Transform
+from orpo_kernels.integration.head.patch import find_head
 
 Batch = dict[str, Tensor]
 

@@ -1,6 +1,6 @@
 """Preference data sets: every row brought to token ids, and a summary of what happened.
 
-`shapes.normalize_example` brings every accepted shape to `prompt`, `chosen`, `rejected`;
+`formats.normalize_example` brings every accepted shape to `prompt`, `chosen`, `rejected`;
 `tokenization.tokenize_pair` makes and truncates the ids; `prepare_dataset` applies them to a whole data set. Rows hold
 plain lists of ids, all that padded, packed and shared-prefix batches need, so a batch layout never tokenises
 again.
@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.logging import tqdm
 
+from .formats import ACCEPTED_SHAPES, SIDES, normalize_example
 from .limits import Limits
-from .row_order import rows_of_stream
-from .shapes import ACCEPTED_SHAPES, SIDES, normalize_example
+from .streams import rows_of_stream
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How a model's own head comes to answer one call with log-probabilities."""
