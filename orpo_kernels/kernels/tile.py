@@ -36,6 +36,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from orpo_kernels import interpreter
+
 SUMS = tl.constexpr(0)
 EXPONENTIALS = tl.constexpr(1)
 GRADIENT = tl.constexpr(2)
@@ -43,6 +45,8 @@ GRADIENT = tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Kernels are interpreted or compiled as of the moment their module is imported.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+if INTERPRETED.value:
+    interpreter.mend()
 
 
 @triton.jit
