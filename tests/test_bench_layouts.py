@@ -50,6 +50,8 @@ def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def bench(pairs: str, model: str, output_dir: Path, *options: str) -> int:
+    for name in ("trl", "datasets"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     same = ["--threads", str(torch.get_num_threads())]
     return main(["bench", "--layouts", pairs, "--model", model, "--output-dir", str(output_dir), *same, *options])
 

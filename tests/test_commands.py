@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -197,6 +196,7 @@ def jsonl(rows: list[dict[str, Any]]) -> str:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same rows in every shape that is taken."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     (tmp_path / "a.json").write_text(json.dumps(PAIRS, indent=1))
@@ -307,19 +307,19 @@ def test_two_steps(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.shows("Trainers", "`orpo-kernels train --use_peft`", "two steps; the adapter is saved and loads")
 def test_two_steps_with_lora(model_folder: Path, tmp_path: Path):
     """The head among the adapted layers, so that its adapter is what has been trained."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     out = tmp_path / "out"
     lora = ["--use_peft", "--lora_r", "2", "--lora_alpha", "4", "--lora_target_modules", "q_proj", "lm_head"]
     assert main(["train", *training(model_folder, out, *lora)]) == 0
     saved = json.loads((out / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], sorted(saved["target_modules"])) == (2, 4, ["lm_head", "q_proj"])
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), out)
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), out)
     b = model.get_output_embeddings().lora_B["default"].weight  # zero before training
     assert b.any()
 
 
 def test_every_linear_layer_but_the_head_is_adapted_by_default(model_folder: Path, tmp_path: Path):
+    pytest.importorskip("peft", reason="peft is not installed")
     trainer = build_trainer(*parse(training(model_folder, tmp_path / "out", "--use_peft")))
     layers = {name.split(".lora_")[0].split(".")[-1] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,11 +19,14 @@ from transformers import (
 )
 
 from orpo_kernels.__main__ import main
-from orpo_kernels.commands import demo, demo_run, loss_memory
+from orpo_kernels.commands import demo, loss_memory
 from orpo_kernels.commands.compare import Comparison, full_logits_loss
 from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.integration.transform import Transform
 from orpo_kernels.integration.transformers import ORPOTrainer
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+from orpo_kernels.commands import demo_run  # noqa: E402  (trains an adapter)
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
@@ -105,7 +107,7 @@ def test_files_and_metrics(finished: tuple[Path, dict[str, Any]], tiny: Path) ->
 def test_adapter_reloads(finished: tuple[Path, dict[str, Any]], tiny: Path) -> None:
     """From disk, without our package: the adapted model has the margin that the demo reported."""
     folder, metrics = finished
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter").eval()
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
 
     def mean_logp(pair: dict[str, Any], side: str) -> float:

@@ -10,7 +10,6 @@ import warnings
 from itertools import accumulate
 from typing import ClassVar
 
-import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +28,7 @@ from orpo_kernels.integration.data import (
 )
 from orpo_kernels.integration.tokenization import prompt_length_by_text
 
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 SIDES = ("chosen", "rejected")
 SENTENCES = ["The answer is 46 because the question asks for it.", "The answer is $46 and not 64."] * 3
 CHATML = (

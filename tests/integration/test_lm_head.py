@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -68,15 +67,17 @@ def biased() -> LlamaForCausalLM:
     return model
 
 
+def with_lora(model: nn.Module, **options: Any) -> nn.Module:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **options))
+
+
 def adapted() -> nn.Module:
-    return get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    return with_lora(tiny_llama(), r=2, init_lora_weights=False)
 
 
 def whole_head_trains() -> nn.Module:
-    return get_peft_model(
-        tiny_llama(),
-        LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, modules_to_save=["lm_head"]),
-    )
+    return with_lora(tiny_llama(), r=2, init_lora_weights=False, modules_to_save=["lm_head"])
 
 
 MODELS = {
@@ -581,7 +582,7 @@ def test_a_pickled_copy_is_the_plain_model():
 def test_peft_copies_are_given_back_too():
     model = tiny_llama()
     attach(model)
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    wrapped = with_lora(model, modules_to_save=["lm_head"])
     ours = attach(wrapped)
     assert ours.head is wrapped.base_model.model.lm_head.modules_to_save["default"]
     ours.detach()

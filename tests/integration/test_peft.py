@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
@@ -34,6 +32,8 @@ from wrapping import (
 from orpo_kernels.integration.lm_head import ModelLogps, attach
 from orpo_kernels.loss import merge_targets
 
+peft = pytest.importorskip("peft", reason="peft is not installed")
+LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
 BATCH = make_batch()
 INPUTS = inputs_of(BATCH)
 TARGETS = merge_targets(BATCH["targets"], BATCH["nll_targets"])
@@ -409,7 +409,7 @@ def test_after_the_preparation_for_k_bit_training(on: tuple[str, ...]):
     """It leaves everything that is not packed in fp32, the head too."""
 
     def make() -> nn.Module:
-        base = prepare_model_for_kbit_training(tiny_llama().bfloat16(), use_gradient_checkpointing=False)
+        base = peft.prepare_model_for_kbit_training(tiny_llama().bfloat16(), use_gradient_checkpointing=False)
         assert base.lm_head.weight.dtype == torch.float32
         return lora(lambda: base, on)
 
@@ -431,7 +431,7 @@ def bitsandbytes_model(folder: Path, compute: torch.dtype, **options: Any) -> nn
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=packed, device_map={"": "cpu"})
     torch.manual_seed(0)
-    return prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    return peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @pytest.mark.shows("Adapters", "QLoRA (bitsandbytes on the CPU)", "nf4 backbone, against full logits")

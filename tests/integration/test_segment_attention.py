@@ -496,7 +496,7 @@ def test_a_compiled_model_is_compiled_once():
 
 @pytest.mark.shows("Adapters", "LoRA, packed and shared rows", "gradients against padded rows")
 def test_lora():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     found = []
     for batch in (pad_pairs(PAIRS), pack_pairs(PAIRS, False), pack_pairs(PAIRS, True)):
         config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

@@ -12,13 +12,9 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import datasets
 import pytest
 import torch
-import trl.experimental.cpo as trl_cpo
-import trl.experimental.orpo as trl_orpo
 from compatibility import measured
-from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -34,11 +30,19 @@ from transformers import (
     T5ForConditionalGeneration,
     TrainerCallback,
 )
-from trl.experimental.utils import DPODataCollatorWithPadding
 
-import orpo_kernels.integration.trl as ours
 from orpo_kernels import Plan
 from orpo_kernels.integration.data import DataSummary
+
+for name in ("datasets", "peft", "trl"):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+import datasets  # noqa: E402
+import trl.experimental.cpo as trl_cpo  # noqa: E402
+import trl.experimental.orpo as trl_orpo  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from trl.experimental.utils import DPODataCollatorWithPadding  # noqa: E402
+
+import orpo_kernels.integration.trl as ours  # noqa: E402
 
 SENTENCES = [
     "The answer is 46 because the question asks for it.",
