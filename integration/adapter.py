@@ -42,6 +42,22 @@ class LowRank(NamedTuple):
     scale: float
 
 
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions PEFT's prompt tuning or p-tuning puts before every row; 0 without them."""
+    if "peft" not in sys.modules:
+        return 0
+    from peft import PeftModel, PeftType
+
+    wrapper = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if wrapper is None or not wrapper.active_peft_config.is_prompt_learning:
+        return 0
+    if getattr(wrapper, "_adapters_disabled", False):
+        return 0
+    before = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
+    config: Any = wrapper.active_peft_config
+    return config.num_virtual_tokens if config.peft_type in before else 0
+
+
 def layer_inside(layer: Any) -> nn.Module | None:
     """The layer that one of PEFT's calls in its present state; None if it is none of PEFT's.
 

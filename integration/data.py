@@ -13,12 +13,16 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import tqdm
 
+from .limits import Limits
+from .row_order import rows_of_stream
 from .shapes import ACCEPTED_SHAPES, SIDES, normalize_example
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 logger = logging.getLogger("orpo_kernels")
+_ROWS_WITHOUT_BAR = 1000
 
 __all__ = [
     "ACCEPTED_SHAPES",
@@ -138,6 +143,8 @@ def prepare_dataset(
     *,
     dataset_num_proc: int | None = None,
     batch_size: int = 8,
+    name: str = "dataset",
+    limits: Limits | None = None,
 ) -> tuple[Any, Any]:
     """Tokenise a data set of preference rows; each row may have any shape `tokenize_pair` takes.
 
@@ -158,14 +165,16 @@ def prepare_dataset(
         dataset: see the table.
         tokenizer: as for `tokenize_pair`.
         max_length: as for `tokenize_pair`.
-        dataset_num_proc: processes for a `datasets.Dataset`; the others are tokenised in this one.
+        dataset_num_proc: processes that tokenise what has a length; None for this one alone.
         batch_size: pairs a batch in the summary's estimate of padding.
+        name: what errors call the data set.
+        limits: what the model can take: other rows are an error.
 
     Returns:
         The prepared data set and its summary.
 
     Raises:
-        ValueError: `max_length`, `batch_size` or a row (named by its index) cannot be used.
+        ValueError: `max_length`, `batch_size`, an empty data set, or a row (named by its index) cannot be used.
         TypeError: `dataset` is none of the above, or a generator, which a second epoch would find empty.
     """
     check_max_length(max_length)
@@ -173,13 +182,20 @@ def prepare_dataset(
         raise ValueError(f"batch_size={batch_size}: use at least 1")
     if isinstance(dataset, Mapping):
         parts, summaries = {}, {}
-        for name, part in dataset.items():
-            parts[name], summaries[name] = prepare_dataset(
-                part, tokenizer, max_length, dataset_num_proc=dataset_num_proc, batch_size=batch_size
+        for key, part in dataset.items():
+            parts[key], summaries[key] = prepare_dataset(
+                part,
+                tokenizer,
+                max_length,
+                dataset_num_proc=dataset_num_proc,
+                batch_size=batch_size,
+                name=f"{name}[{key!r}]",
+                limits=limits,
             )
         return parts, summaries
 
-    tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length)
+    check_rows(dataset, name)
+    tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length, name=name, limits=limits)
     # Whoever holds one of its data sets has imported the package, so it need not be installed here.
     package = sys.modules.get("datasets")
     rows: Any
@@ -197,10 +213,10 @@ def prepare_dataset(
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
             rows = rows.filter(_usable)
-    elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset):
+    elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset, name):
         return _LazyPairs(dataset, tokenize), None
     else:
-        rows = [tokenize(dataset[index], index) for index in range(len(dataset))]
+        rows = _tokenized(dataset, tokenize, dataset_num_proc)
         summary = DataSummary.from_rows(rows, max_length, batch_size)
         if summary.dropped:
             rows = list(filter(_usable, rows))
@@ -209,26 +225,80 @@ def prepare_dataset(
     return rows, summary
 
 
+def _tokenized(dataset: Any, tokenize: Callable[..., dict[str, Any]], processes: int | None) -> list[dict[str, Any]]:
+    """The rows of what has a length and items, with a bar where that takes long."""
+    count = len(dataset)
+    bar = partial(tqdm, total=count, desc="Tokenizing preference pairs", disable=count < _ROWS_WITHOUT_BAR)
+    if processes is None or processes <= 1:
+        return [tokenize(dataset[index], index) for index in bar(range(count))]
+    examples = (dataset[index] for index in range(count))
+    with ProcessPoolExecutor(processes, initializer=_hold, initargs=(tokenize,)) as pool:
+        return list(bar(pool.map(_tokenize_held, examples, range(count), chunksize=max(1, count // (8 * processes)))))
+
+
+_held: Callable[..., dict[str, Any]]
+
+
+def _hold(tokenize: Callable[..., dict[str, Any]]) -> None:
+    """In a worker: the tokenizer crosses once, not with every row."""
+    global _held
+    _held = tokenize
+
+
+def _tokenize_held(example: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return _held(example, index)
+
+
 def _tokenize_indexed(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    example: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    name: str,
+    limits: Limits | None,
 ) -> dict[str, Any]:
+    # A template raises errors of any type, jinja2's and its own.
     try:
-        return tokenize_pair(example, tokenizer, max_length)
-    except ValueError as error:
-        raise ValueError(f"row {index}: {error}") from error
+        row = tokenize_pair(example, tokenizer, max_length)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}, row {index}: {kind}{error}") from error
+    if limits is not None:
+        limits.check(row, f"{name}, row {index}")
+    return row
 
 
-def _indexable(dataset: Any) -> bool:
+def check_rows(dataset: Any, name: str) -> None:
+    """ValueError for a data set without rows; TypeError for a table of columns or several splits at once."""
+    kind = type(dataset).__name__
+    if type(dataset).__module__.partition(".")[0] in ("pandas", "polars"):
+        make = "datasets.Dataset.from_pandas(frame)" if kind == "DataFrame" else "a list of dicts"
+        raise TypeError(f"{name} is a {kind} of {type(dataset).__module__.partition('.')[0]}: use {make}")
+    if hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)) and len(dataset) == 0:
+        raise ValueError(f"{name} is empty: it needs at least one row")
+
+
+def refuse_splits(dataset: Any, name: str) -> None:
+    """TypeError for a dict of data sets where one is wanted."""
+    if isinstance(dataset, Mapping):
+        first = next(iter(dataset), "train")
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give one of these data sets, "
+            f"{name}={name}[{first!r}]"
+        )
+
+
+def _indexable(dataset: Any, name: str) -> bool:
     """True for what has a length and items; False for what can be iterated over again and again."""
     kind = type(dataset).__name__
     if isinstance(dataset, Iterator):
         raise TypeError(
-            f"dataset is a {kind}, which can be read only once: use a list, or a data set that can be read again"
+            f"{name} is a {kind}, which can be read only once: use a list, or a data set that can be read again"
         )
     if isinstance(dataset, (Sequence, torch.utils.data.Dataset)) and not isinstance(dataset, (str, bytes)):
         return True
     if isinstance(dataset, (str, bytes)) or not isinstance(dataset, Iterable):
-        raise TypeError(f"dataset is a {kind}: use a list of dicts, a data set, or a dict of them")
+        raise TypeError(f"{name} is a {kind}: use a list of dicts, a data set, or a dict of them")
     return False
 
 
@@ -256,7 +326,7 @@ class _LazyPairs(torch.utils.data.IterableDataset):
         self.tokenize = tokenize
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = (self.tokenize(example, index) for index, example in enumerate(self.dataset))
+        rows = (self.tokenize(example, index) for index, example in enumerate(rows_of_stream(self.dataset)))
         return filter(_usable_or_warn, rows)
 
     def set_epoch(self, epoch: int) -> None:

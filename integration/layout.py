@@ -84,16 +84,20 @@ class _Pair(NamedTuple):
     rejected_prompt: int
 
 
-def asked_for(packing: bool, share_prefix: bool | str, packing_length: int | None = None) -> Name:
-    """The layout that a trainer's options ask for; "auto" shares prompts where packing is on.
+def asked_for(packing: bool | str, share_prefix: bool | str, packing_length: int | None = None) -> Name:
+    """The layout that a trainer's options ask for. packing="auto" asks as True does, where it is worth it;
+    share_prefix="auto" shares prompts where packing is on.
 
-    Raises ValueError for another `share_prefix` than "auto", True or False (or these as text), and for a
-    `packing_length` below 1 or for padded rows.
+    Raises ValueError for other values than "auto", True or False (or these as text), and for a `packing_length` below 1
+    or for padded rows.
     """
-    shares = {"auto": packing, "true": True, "false": False}.get(str(share_prefix).lower())
+    packs = {"auto": True, "true": True, "false": False}.get(str(packing).lower())
+    if packs is None:
+        raise ValueError(f"packing={packing!r}: use 'auto', True or False")
+    shares = {"auto": packs, "true": True, "false": False}.get(str(share_prefix).lower())
     if shares is None:
         raise ValueError(f"share_prefix={share_prefix!r}: use 'auto', True or False")
-    name: Name = "shared" if shares else "packed" if packing else "padded"
+    name: Name = "shared" if shares else "packed" if packs else "padded"
     if packing_length is not None and (packing_length < 1 or name == "padded"):
         raise ValueError(
             f"packing_length={packing_length}: use a positive int, and only with packing=True or share_prefix=True"

@@ -47,13 +47,15 @@ class LayoutGate:
     """Admits batches of layouts to the model behind `logps`.
 
     everywhere: turns this process's verdict into that of all of them; by default there is only one.
+    asked_for: whether the user chose the layout, and is to be warned where it cannot be had.
 
     name: the layout decided on, None before the first batch. reasons: why more demanding ones were refused.
     """
 
-    def __init__(self, logps: ModelLogps, everywhere: Callable[[bool], bool] = bool) -> None:
+    def __init__(self, logps: ModelLogps, everywhere: Callable[[bool], bool] = bool, *, asked_for: bool = True) -> None:
         self.logps = logps
         self.everywhere = everywhere
+        self.asked_for = asked_for
         self.name: Name | None = None
         self.reasons: list[str] = []
 
@@ -90,7 +92,8 @@ class LayoutGate:
     def _fall_back(self, wanted: Name, name: Name) -> Name:
         if name != wanted:
             reasons = "; ".join(self.reasons)
-            logger.warning("batches are %s, not %s: the model does not allow it (%s)", name, wanted, reasons)
+            level = logging.WARNING if self.asked_for else logging.INFO
+            logger.log(level, "batches are %s, not %s: the model does not allow it (%s)", name, wanted, reasons)
         return name
 
     def _trial(self, batch: dict[str, Any], name: Name, model: nn.Module | None) -> str | None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
+from .adapter import virtual_tokens
 from .patch import bare_model, head_and_adapters, patch, patch_adapters, unpatch
 from .request import Request, check_shape, forward, join, run, whole
 from .transform import PROBES, Transform, anchor_values, check_untrained, infer_transform
@@ -87,12 +88,19 @@ class ModelLogps:
             raise ValueError(
                 "adapter_names was passed: a batch cannot mix the head's adapters; choose with set_adapter instead"
             )
+        virtual = virtual_tokens(self.model)
+        if virtual and rows is not None:
+            raise ValueError(
+                f"rows was given, and PEFT's prompt tuning puts {virtual} positions of its own before every row: "
+                "score padded rows"
+            )
+        if virtual:
+            targets, mean_logits_over = _behind(virtual, targets, mean_logits_over, ignore_index)
         if hidden_shape is None:
             hidden_shape = targets.shape if rows is None else _input_shape(inputs)
         if rows is None and targets.shape != hidden_shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}: it must be {tuple(hidden_shape)}")
-        # From the head's description: its weight may be sharded or elsewhere until the model calls it.
-        vocab_size, num_rows = self.head.out_features, hidden_shape.numel()
+        vocab_size, num_rows = head_rows(self.head), hidden_shape.numel()
         scored = select_scored(targets, vocab_size, num_rows, ignore_index=ignore_index, rows=rows)
         request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
         if self.transform is None:
@@ -111,7 +119,7 @@ class ModelLogps:
             )
         if request.mean_logits is not None:
             outputs["mean_logits"] = request.mean_logits
-        return join(request.logps, logits), outputs
+        return join(request.logps, logits)[..., virtual:], outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""
@@ -169,6 +177,23 @@ def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
         if isinstance(wrapper, nn.DataParallel):
             raise ValueError("nn.DataParallel replicates the head per thread: use DistributedDataParallel instead")
         wrapper = wrapper._modules.get("module")
+
+
+def head_rows(head: nn.Linear) -> int:
+    """V, from the weight where it is whole: adapters replace it without the layer's description following.
+
+    It may be sharded or elsewhere until the model calls it; then the description counts.
+    """
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)
+    return shape[0] if len(shape) == 2 and shape[0] > 0 else head.out_features
+
+
+def _behind(virtual: int, targets: Tensor, over: Any, ignore_index: int) -> tuple[Tensor, Any]:
+    """Targets [B, virtual + T] and the mask of mean logits, behind positions that are not scored."""
+    before = targets.new_full((*targets.shape[:-1], virtual), ignore_index)
+    if isinstance(over, Tensor):
+        over = torch.cat([torch.zeros_like(over[..., :1]).expand(*over.shape[:-1], virtual), over], -1)
+    return torch.cat([before, targets], -1), over
 
 
 def _input_shape(inputs: dict[str, Any]) -> torch.Size:

@@ -50,6 +50,12 @@ def head_and_adapters(model: nn.Module) -> tuple[nn.Linear, list[nn.Module]]:
             adapters.append(layer)
         elif isinstance(layer, nn.Module):
             inner = _inside_wrapper(layer)
+        if inner is None and type(layer).__name__ == "TrainableTokensWrapper":
+            raise ValueError(
+                "trainable_token_indices reach the head (its own, or the embeddings' that it is tied to), which would "
+                "then be no plain nn.Linear: untie it (tie_word_embeddings=False), or train all rows with "
+                "modules_to_save=['embed_tokens'] and ensure_weight_tying=True"
+            )
         if inner is None:
             raise ValueError(
                 f"the head of {type(bare).__name__} is {type(found).__name__}: only a plain nn.Linear head is exact "

@@ -216,7 +216,9 @@ def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor 
                 "head with a parallel style that turns its input into a DTensor (ColwiseParallel)"
             )
         input, weight, bias = whole(input), whole(weight), whole(bias)
-    if weight.shape != (head.out_features, head.in_features):
+    # PEFT makes the copy of a tied head from the embeddings' description: its two sizes are exchanged.
+    sizes = {(head.out_features, head.in_features), (head.in_features, head.out_features)}
+    if weight.shape not in sizes or weight.shape[-1] != input.shape[-1]:
         raise RuntimeError(
             f"the head's weight has shape {tuple(weight.shape)} and the head is {head.in_features} -> "
             f"{head.out_features}: the weight was exchanged by hand, or is sharded by something that does not "

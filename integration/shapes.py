@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .chat import plain_turn
+
 SIDES = ("chosen", "rejected")
 # Where a row may hold an image: in columns of its own, or in the messages of these.
 IMAGE_COLUMNS = ("images", "image")
 MESSAGE_COLUMNS = ("prompt", "conversations", *SIDES)
 
-ACCEPTED_SHAPES = """accepted shapes (text; a message: {role, content} or {from, value}; other columns are ignored):
+ACCEPTED_SHAPES = """accepted shapes (text; a message: {role, content} or {from, value}, content a string or text parts;
+other columns are ignored):
   {prompt, chosen, rejected}         strings
   {prompt, chosen, rejected}         prompt: string or messages; chosen, rejected: string, message or messages
   {chosen, rejected}                 messages; the turns both start with are the prompt
@@ -83,7 +86,7 @@ def _part_types(messages: Any) -> Iterator[Any]:
     for turn in turns if isinstance(turns, (list, tuple)) else ():
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
         if isinstance(content, (list, tuple)):
-            yield from (part["type"] for part in content if isinstance(part, Mapping) and "type" in part)
+            yield from (part["type"] for part in content if isinstance(part, Mapping) and part.get("type"))
 
 
 class _ShapeError(ValueError):
@@ -149,14 +152,16 @@ def _turns(value: Any, column: str, role: str) -> list[Turn]:
 def _turn(turn: Any, column: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise _ShapeError(f"{column!r} holds {_kind(turn)} where a message should be")
-    # Arrow gives every message the keys of all others, filled with None; templates ask "is defined".
-    turn = {key: value for key, value in turn.items() if value is not None}
+    try:
+        turn = plain_turn(turn)
+    except ValueError as error:
+        raise _ShapeError(f"{column!r}: {error}") from None
     if "from" in turn and "role" not in turn:
         sender = turn.pop("from")
         if sender not in _ROLES_OF_FROM:
             known = ", ".join(_ROLES_OF_FROM)
             raise _ShapeError(f"{column!r} has a turn from {sender!r}: use one of {known}")
-        turn = {"role": _ROLES_OF_FROM[sender], "content": turn.pop("value", None), **turn}
+        turn = plain_turn({"role": _ROLES_OF_FROM[sender], "content": turn.pop("value", None), **turn})
     if not isinstance(turn.get("role"), str):
         raise _ShapeError(f"{column!r} has {_kind(turn)}, which lacks a role (or from)")
     content = turn.get("content")

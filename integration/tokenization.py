@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .chat import template_options
 from .shapes import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, refuse_images, shared_length
 
 if TYPE_CHECKING:
@@ -47,10 +48,11 @@ def tokenize_pair(
     """Tokenise one preference row and truncate both sides to `max_length` tokens.
 
     Strings: the special tokens that this tokenizer puts first (BOS, if it adds one) go before the prompt
-    unless the text starts with them, and the EOS token after each completion unless it ends with it.
-    Messages: the chat template owns all special tokens, the one that ends an answer included; `tools` and
-    `chat_template_kwargs` columns are handed to it. An empty answer is allowed and leaves what ends it: the
-    EOS token, the template's end of turn, or nothing for a tokenizer without EOS.
+    unless the text starts with them, and the EOS token after each completion unless it ends with it, white space
+    aside. Messages: the chat template owns all special tokens, the one that ends an answer included; `tools` and
+    `chat_template_kwargs` columns, or their JSON, are handed to it without the keys that are None. An empty answer
+    is allowed and leaves what ends it: the EOS token, the template's end of turn, or nothing for a tokenizer
+    without EOS.
 
     Args:
         example: a row of any shape that `normalize_example` takes, or one already tokenised (it holds the
@@ -92,9 +94,11 @@ def _tokenize_text(
     texts = [pair["prompt"] + pair[side] for side in SIDES]
     encoded = list(_encode(texts, [len(pair["prompt"])] * 2, tokenizer))
     leading, eos = _leading_specials(texts[0], encoded[0][0], tokenizer), tokenizer.eos_token_id
-    for ids, length in encoded:
+    for side, (ids, length) in zip(SIDES, encoded, strict=True):
         before = [] if ids[: len(leading)] == leading else leading
-        ended = eos is None or (length < len(ids) and ids[-1] == eos)  # an EOS of the prompt does not count
+        # An EOS of the prompt does not count; one that a template has put before a line end does.
+        last = pair[side].rstrip().endswith(tokenizer.eos_token or "\0") and eos in ids[length:]
+        ended = eos is None or last or (length < len(ids) and ids[-1] == eos)
         yield before + ids + ([] if ended else [eos]), len(before) + length
 
 
@@ -118,10 +122,8 @@ def _tokenize_chat(
             "tokenizer.chat_template (that of the model's instruct version, say), or give prompt, chosen and "
             "rejected as strings"
         )
-    options = dict(example.get("chat_template_kwargs") or {})
-    render: Callable[..., Any] = partial(
-        tokenizer.apply_chat_template, tokenize=False, tools=example.get("tools") or None, **options
-    )
+    tools, options = template_options(example)
+    render: Callable[..., Any] = partial(tokenizer.apply_chat_template, tokenize=False, tools=tools, **options)
     prompt = render(pair["prompt"], add_generation_prompt=True)
     texts = [render(pair["prompt"] + pair[side], add_generation_prompt=False) for side in SIDES]
     boundaries = []
@@ -145,14 +147,24 @@ def _tokenize_chat(
 def _encode(
     texts: list[str], boundaries: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], int]]:
-    """For each text: its ids, no special tokens added, and how many of them end within the boundary."""
+    """For each text: its ids, no special tokens added, and how many of them end within the boundary.
+
+    Raises ValueError for a text that holds half of a surrogate pair, which is no character.
+    """
+    for text in texts:
+        at = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+        if at is not None:
+            part = text[max(at - 20, 0) : at + 20]
+            raise ValueError(f"half a surrogate pair, U+{ord(text[at]):04X}, is no text: remove it from {part!r}")
     fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     for index, (text, boundary) in enumerate(zip(texts, boundaries, strict=True)):
         ids = encoded["input_ids"][index]
-        if fast:
-            ends = (end for _, end in encoded["offset_mapping"][index])
-            length = next((token for token, end in enumerate(ends) if end > boundary), len(ids))
+        spans = encoded["offset_mapping"][index] if fast else []
+        # Offsets may leave white space out (`trim_offsets`): whose a token of nothing else is, they do not tell then.
+        told = not text[boundary : boundary + 1].isspace() or any(start <= boundary < end for start, end in spans)
+        if fast and told:
+            length = next((token for token, (_, end) in enumerate(spans) if end > boundary), len(ids))
         else:
             prompt_ids = tokenizer(text[:boundary], add_special_tokens=False, verbose=False)["input_ids"]
             length = prompt_length_by_text(ids, prompt_ids, tokenizer)

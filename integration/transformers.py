@@ -8,9 +8,10 @@ The training loss of one optimiser step is the mean over its micro-batches of ea
 (`loss_normalization="batch"`); with `"global"` the tokens and pairs of the whole step, over all processes, are
 counted first and each micro-batch is divided by that: 1 x 4 and 4 x 1 pairs then give the same step.
 
-Batches are padded rows by default. `packing=True` lays them out without padding and, unless `share_prefix=False`,
-with each prompt once (`layout`): fewer tokens, the same loss and gradients. Whether the model can have that is
-tried on the first batch (`layout_gate`); one that cannot gets padded rows, with a warning.
+Batches are laid out without padding and, unless `share_prefix=False`, with each prompt once (`layout`): fewer tokens,
+the same loss and gradients. By default (`packing="auto"`) that is so where it saves a tenth of the tokens; `True` asks
+for it, `False` for padded rows. Whether the model can have it is tried on the first batch (`layout_gate`); one that
+cannot gets padded rows, and a warning where it was asked for.
 
 `logits/chosen` and `logits/rejected` are means over the tokens of each sequence, its prompt included and padding not,
 so they are the same in every layout. A model that soft-caps its logits has none.
@@ -25,25 +26,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
+from .arguments import numbers_from_text
 from .collator import LayoutCollator, PreferenceCollator
-from .data import announce, prepare_dataset
+from .data import announce, prepare_dataset, refuse_splits
+from .dropout import disable_dropout
+from .evaluation_rows import EvaluationRows
 from .flat_pairs import flat_counts, flat_pair_rows
 from .layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
 from .layout_gate import LayoutGate, model_inputs
+from .limits import Limits
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .row_order import RowOrder
+from .segment_kernels import flash_is_installed
+from .tokenization import check_max_length
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
 _SUMMARY_PAIRS = 1000  # enough for a mean
+_WORTH = 0.1  # the share of the tokens that packing="auto" is to save
 _NORMALIZERS = ("nll_normalizer", "pair_normalizer")
 
 
@@ -86,10 +101,14 @@ class ORPOConfig(TrainingArguments):
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
     )
-    packing: bool = field(
-        default=False, metadata={"help": "Lay sequences out one after the other in a row instead of padding them."}
+    # Or True, or False: annotated as what a command line gives; the next too.
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "Lay sequences out one after the other in a row instead of padding them. auto: where that computes "
+            "a tenth fewer tokens and the model allows it; on a GPU with FlashAttention only."
+        },
     )
-    # Or True, or False: annotated as what a command line gives.
     share_prefix: str = field(
         default="auto",
         metadata={"help": "Compute each pair's prompt once. auto: where packing is on. True packs too."},
@@ -98,7 +117,9 @@ class ORPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens a packed row; a pair must fit into one. Default: one row a batch."},
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise a datasets.Dataset."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the data. Default: this one."}
+    )
     scratch_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
     )
@@ -107,9 +128,15 @@ class ORPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        numbers_from_text(self)
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: ORPO's loss has no label smoothing, leave it 0"
+            )
         if self.loss_normalization not in ("batch", "global"):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
+        check_max_length(self.max_length)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
         asked_for(self.packing, self.share_prefix, self.packing_length)
@@ -119,15 +146,21 @@ class ORPOConfig(TrainingArguments):
 
     @property
     def layout(self) -> Name:
-        """What batches are to be, if the model allows it."""
+        """What batches are to be, if the model allows it and, with packing="auto", it is worth it."""
         return asked_for(self.packing, self.share_prefix)
+
+    @property
+    def packs_where_worth_it(self) -> bool:
+        """Whether nothing but packing="auto" asks for a layout."""
+        automatic = str(self.packing).lower() == "auto" and str(self.share_prefix).lower() != "true"
+        return automatic and self.packing_length is None
 
     @property
     def plan(self) -> Plan:
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
@@ -176,43 +209,15 @@ class ORPOTrainer(Trainer):
             model = _prepare_model(model, args, peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config was given with model_init: wrap the model inside model_init instead")
-        if data_collator is None:
-            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
-            if args.layout == "padded":
-                data_collator = PreferenceCollator(
-                    processing_class, padding_value=args.padding_value, nll_over=nll_over
-                )
-            else:
-                data_collator = LayoutCollator(
-                    processing_class,
-                    args.layout,
-                    row_length=args.packing_length,
-                    padding_value=args.padding_value,
-                    nll_over=nll_over,
-                )
-        elif args.layout != "padded" and not isinstance(data_collator, LayoutCollator):
-            raise ValueError(
-                f"a {type(data_collator).__name__} was given with packing={args.packing} and "
-                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
-            )
-        prepared, summaries = [], []
-        rows: Any
-        for dataset, batch_size in (
-            (train_dataset, args.per_device_train_batch_size),
-            (eval_dataset, args.per_device_eval_batch_size),
-        ):
-            rows, summary = None, None
-            if dataset is not None:
-                rows, summary = prepare_dataset(
-                    dataset,
-                    processing_class,
-                    args.max_length,
-                    dataset_num_proc=args.dataset_num_proc,
-                    batch_size=batch_size,
-                )
-            prepared.append(rows)
-            summaries.append(summary)
-        self.data_summary, self.eval_data_summary = summaries
+        refuse_splits(train_dataset, "train_dataset")
+        if model is not None:
+            Limits.of(model).check_tokenizer(processing_class)
+        # Asked for before Trainer's own constructor has set them.
+        self.args, self.model, self.processing_class = args, model, processing_class
+        train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
+        eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
+        tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
+        data_collator = self._collator(data_collator, tokens)
         accelerator_config: Any = args.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
@@ -225,8 +230,8 @@ class ORPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepared[0],
-            eval_dataset=prepared[1],
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             model_init=model_init,
             callbacks=callbacks,
@@ -235,17 +240,60 @@ class ORPOTrainer(Trainer):
         # Whether Trainer divides the loss by the number of micro-batches hangs on this and on a count being given.
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
-        if self.data_summary is not None:
-            rows = prepared[0]
-            some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
-            batch_size = args.per_device_train_batch_size
-            tokens = tokens_a_step(some, batch_size)
-            listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
-            announce(
-                f"training data: {self.data_summary}\n"
-                f"tokens a batch of {batch_size} pairs: {listed}; asked for: {args.layout}",
-                args,
+        if tokens:
+            announce(f"training data: {self.data_summary}\n{self._layout_told(tokens)}", args)
+
+    def _tokens_a_batch(self, rows: Any) -> dict[Name, float]:
+        """Tokens that the model computes for a batch of the training rows, by layout; of some rows, in about the order
+        that the sampler gives."""
+        some = [rows[index] for index in range(min(len(rows), _SUMMARY_PAIRS))]
+        if self.args.train_sampling_strategy == "group_by_length":
+            some.sort(key=lambda row: -row["length"])
+        return tokens_a_step(some, self.args.per_device_train_batch_size)
+
+    def _collator(self, given: Any, tokens: dict[Name, float]) -> Any:
+        """The collator of the layout that is asked for or, with packing="auto", worth it."""
+        args, tokenizer = self.args, self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        wanted = args.layout
+        if args.packs_where_worth_it and (given is not None or not self._is_worth_packing(tokens)):
+            wanted = "padded"
+        if given is None and wanted == "padded":
+            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+            return PreferenceCollator(tokenizer, padding_value=args.padding_value, nll_over=nll_over)
+        if given is None:
+            nll_over = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+            return LayoutCollator(
+                tokenizer,
+                wanted,
+                row_length=args.packing_length,
+                padding_value=args.padding_value,
+                nll_over=nll_over,
             )
+        if wanted != "padded" and not isinstance(given, LayoutCollator):
+            raise ValueError(
+                f"a {type(given).__name__} was given with packing={args.packing} and "
+                f"share_prefix={args.share_prefix!r}: leave it out, or use collator.LayoutCollator"
+            )
+        return given
+
+    def _is_worth_packing(self, tokens: dict[Name, float]) -> bool:
+        """Whether fewer tokens are computed by a tenth, with attention that has been measured to profit."""
+        if not tokens or tokens[self.args.layout] > (1 - _WORTH) * tokens["padded"]:
+            return False
+        return self.args.device.type == "cpu" or (flash_is_installed() and (self.args.bf16 or self.args.fp16))
+
+    def _layout_told(self, tokens: dict[Name, float]) -> str:
+        """The tokens of a batch in each layout, which it is, and what that means."""
+        listed = ", ".join(f"{number:,.0f} {name}" for name, number in tokens.items())
+        used: Name = getattr(self.data_collator, "name", "padded")
+        best: Name = self.args.layout if self.args.layout != "padded" else "shared"
+        saved = 1 - tokens[best] / tokens["padded"]
+        if used == "padded":
+            meaning = f"rows are padded; packing=True would compute {saved:.0%} fewer tokens"
+        else:
+            meaning = f"rows are {used}, which computes {saved:.0%} fewer tokens than padded ones"
+        return f"tokens a batch of {self.args.per_device_train_batch_size} pairs: {listed}; {meaning}"
 
     def orpo(
         self, model: nn.Module, inputs: dict[str, Any], counts: Tensor | None = None
@@ -256,7 +304,7 @@ class ORPOTrainer(Trainer):
         """
         if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
             self._logps = attach(self.model, self.args.plan)
-            self._gate = LayoutGate(self._logps, self._everywhere)
+            self._gate = LayoutGate(self._logps, self._everywhere, asked_for=not self.args.packs_where_worth_it)
         normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
         score = self._score_layout if "layout" in inputs else self._score_padded
         output, outputs, rows_of = score(self._logps, model, dict(inputs), normalizers)
@@ -323,7 +371,11 @@ class ORPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
-        self._train_rows.append(self.accelerator.gather_for_metrics(rows))
+        first = self.args.logging_first_step and self.state.global_step == 0
+        if self.args.logging_strategy != "no" or first:  # where nothing is logged, rows would pile up
+            # All of them: a step's micro-batches are fetched ahead, and `gather_for_metrics` would cut each one to what
+            # the epoch's last holds.
+            self._train_rows.append(self.accelerator.gather(rows))
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -344,24 +396,23 @@ class ORPOTrainer(Trainer):
             counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self._groups_by_length(rows):
-            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(batch_size, lengths=[row["length"] for row in rows])
-        return super()._get_train_sampler(train_dataset)
+    def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
+        return self._prepare(name, rows, batch_size)[0]
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self._groups_by_length(eval_dataset):
-            generator = torch.Generator().manual_seed(self.args.seed)  # the same order on every process
-            return LengthGroupedSampler(
-                self.args.eval_batch_size, lengths=[row["length"] for row in eval_dataset], generator=generator
-            )
-        return super()._get_eval_sampler(eval_dataset)
-
-    def _groups_by_length(self, rows: Any) -> bool:
-        """True where lengths are wanted and Trainer would miss them: it reads them from a datasets.Dataset only."""
-        return self.args.train_sampling_strategy == "group_by_length" and isinstance(rows, list)
+    def _prepare(self, name: str, rows: Any, batch_size: int) -> tuple[Any, Any]:
+        """(tokenised rows, their summary), (None, None) for no rows."""
+        if rows is None:
+            return None, None
+        tokenizer: Any = self.processing_class
+        return prepare_dataset(
+            rows,
+            tokenizer,
+            self.args.max_length,
+            dataset_num_proc=self.args.dataset_num_proc,
+            batch_size=batch_size,
+            name=name,
+            limits=None if self.model is None else Limits.of(self.model),
+        )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -414,9 +465,5 @@ def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
         # With frozen embeddings nothing that enters a checkpoint would require a gradient.
         model.enable_input_require_grads()  # type: ignore[operator]
     if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
+        disable_dropout(model)
     return model

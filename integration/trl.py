@@ -17,6 +17,8 @@ TRL 1.16 is wrong or stops there:
   for all.
 - Dicts of evaluation sets and streams, neither of which has the `map` that TRL calls. A stream needs
   `max_steps`; each process reads all of it and takes its share.
+- Messages. What Arrow has filled up with None does not reach the chat template, contents may be lists of text parts,
+  and template options and the arguments of calls JSON text (`chat`). An error names the row.
 - Images. TRL leaves out what an `images` column holds, and lets the chat template print messages whose content is a
   list. Here such rows are refused (`shapes.refuse_images`).
 - Packing. `packing=True` lays sequences out one after the other instead of padding them and, unless
@@ -43,6 +45,7 @@ from torch import Tensor, nn
 
 try:
     import datasets
+    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
     from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
     from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
 
@@ -55,11 +58,24 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
-from .data import TOKENIZED_COLUMNS, DataSummary, announce, tokenize_pair, truncate_pair
+from .chat import plain_turn, template_options, without_nulls
+from .data import (
+    TOKENIZED_COLUMNS,
+    DataSummary,
+    announce,
+    check_rows,
+    refuse_splits,
+    tokenize_pair,
+    truncate_pair,
+)
+from .dropout import disable_dropout
+from .evaluation_rows import EvaluationRows
 from .layout import asked_for, pack_pairs, sides
 from .layout_gate import LayoutGate, model_inputs, moved
+from .limits import Limits
 from .lm_head import ModelLogps, attach
 from .pair_table import pair_metrics, pair_rows
+from .row_order import RowOrder, rows_of_stream
 from .shapes import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from .versions import require
 
@@ -75,7 +91,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(_TrlTrainer):
+class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any
@@ -100,8 +116,8 @@ class _HeadLogps(_TrlTrainer):
         self._logps: ModelLogps | None = None
         self._gate: LayoutGate | None = None
         self._eval_rows: list[Tensor] = []
-        if isinstance(train_dataset, Mapping):
-            raise TypeError(f"train_dataset is a dict of {list(train_dataset)}: give one of these data sets")
+        refuse_splits(train_dataset, "train_dataset")
+        tokenizer = options.get("processing_class", more[0] if more else None)
         if args is not None and args.accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so that one process could not cut them for all the others.
             args.accelerator_config.dispatch_batches = False
@@ -109,19 +125,39 @@ class _HeadLogps(_TrlTrainer):
             model,
             args,
             data_collator,
-            _mappable("train_dataset", train_dataset),
-            _mappable("eval_dataset", eval_dataset),
+            _mappable("train_dataset", train_dataset, tokenizer),
+            _mappable("eval_dataset", eval_dataset, tokenizer),
             *more,
             **options,
         )
+        if self.args.disable_dropout:  # TRL has switched off what is a module of its own
+            disable_dropout(self.model)
         self.data_summary: DataSummary | None = None
         if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
             rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
+            limits = Limits.of(self.model)
+            limits.check_tokenizer(self.processing_class)
+            for index, length in enumerate(rows["length"]):
+                limits.check_length(length, f"train_dataset, row {index}")
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
                 self.train_dataset = self.train_dataset.filter(_has_scored_token)
             announce(f"training data: {self.data_summary}", self.args)
+
+    def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
+        if isinstance(rows, Mapping):
+            return _Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
+        if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
+            return rows
+        mappable = _mappable(name, rows, self.processing_class)
+        return mappable.map(maybe_extract_prompt).map(self.tokenize_row)
+
+    def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
+        first = self.args.logging_first_step and self.state.global_step == 0
+        if train_eval == "train" and self.args.logging_strategy == "no" and not first:
+            return  # they would pile up, as nothing is logged
+        super().store_metrics(metrics, train_eval)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""
@@ -132,7 +168,10 @@ class _HeadLogps(_TrlTrainer):
         row = tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
         for side in _SIDES:
             ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
-            # TRL starts every prompt with the BOS token, also for a tokenizer that adds none.
+            # TRL ends every answer with the EOS token, also after a template's end of turn and line end.
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+            # It starts every prompt with the BOS token, also for a tokenizer that adds none.
             if bos is not None and (prompt_length == 0 or ids[0] != bos):
                 row[f"{side}_input_ids"], row[f"{side}_prompt_length"] = [bos, *ids], prompt_length + 1
         row = truncate_pair(row, self.max_length, bos)
@@ -320,7 +359,7 @@ class _Stream(torch.utils.data.IterableDataset):
         return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.dataset:
+        for row in rows_of_stream(self.dataset):
             for step in self.steps:
                 row = {**row, **step(row)}
             yield row
@@ -331,35 +370,58 @@ class _Stream(torch.utils.data.IterableDataset):
             self.dataset.set_epoch(epoch)
 
 
-def _without_images(name: str, dataset: Any) -> Any:
-    """The data set, its columns that may hold images looked through: a chat template would print what they hold."""
-    messages = (column for column in MESSAGE_COLUMNS if column in dataset.column_names)
-    columns = [column for column in messages if not isinstance(dataset.features[column], datasets.Value)]
-    columns += [column for column in IMAGE_COLUMNS if column in dataset.column_names]
-    for index, row in enumerate(dataset.select_columns(columns) if columns else ()):
-        try:
-            refuse_images(row)
-        except ValueError as error:
-            raise ValueError(f"{name}, row {index}: {error}") from None
-    return dataset
+def _as_text(row: Mapping[str, Any], index: int | None, name: str, tokenizer: Any) -> dict[str, Any]:
+    """TRL's own rendering of a row of messages, of what these are without nulls (`chat`); text stays as it is."""
+    where = name if index is None else f"{name}, row {index}"
+    # A template raises errors of any type, jinja2's and its own.
+    try:
+        refuse_images(row)
+        plain: dict[str, Any] = without_nulls(row)
+        for column in MESSAGE_COLUMNS:
+            if isinstance(plain.get(column), list):
+                plain[column] = [plain_turn(turn) for turn in plain[column]]
+        plain["chat_template_kwargs"] = template_options(plain)[1]
+        text = maybe_apply_chat_template(maybe_extract_prompt(plain), tokenizer)  # which passes no tools on
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {kind}{error}") from error
+    return {column: text[column] for column in ("prompt", *_SIDES) if column in text}
 
 
-def _checked(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    refuse_images(row)
-    return row
+def _has_messages(dataset: Any) -> bool:
+    columns = (column for column in MESSAGE_COLUMNS if column in dataset.column_names)
+    return any(not isinstance(dataset.features[column], datasets.Value) for column in columns)
 
 
-def _mappable(name: str, dataset: Any) -> Any:
-    """The data set, or what can be mapped in its place; ValueError if it holds images."""
+def _mappable(name: str, dataset: Any, tokenizer: Any) -> Any:
+    """The data set, messages rendered, or what can be mapped in its place; ValueError if it holds images or no rows.
+
+    tokenizer: whose chat template renders; None leaves it to TRL to say that it is missing.
+    """
     if dataset is None:
         return dataset
-    if isinstance(dataset, datasets.Dataset):
-        return _without_images(name, dataset)
     if isinstance(dataset, Mapping):
-        return _Sets({key: _mappable(f"{name}[{key!r}]", part) for key, part in dataset.items()})
+        return _Sets({key: _mappable(f"{name}[{key!r}]", part, tokenizer) for key, part in dataset.items()})
+    check_rows(dataset, name)
+    if isinstance(dataset, datasets.Dataset):
+        images = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+        for index, row in enumerate(dataset.select_columns(images) if images else ()):
+            _located(refuse_images, row, f"{name}, row {index}")
+        if tokenizer is None or not _has_messages(dataset):
+            return dataset
+        return dataset.map(
+            _as_text, with_indices=True, fn_kwargs={"name": name, "tokenizer": tokenizer}, desc="Rendering messages"
+        )
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return _Stream(dataset, (_checked,))
+        return _Stream(dataset, (partial(_as_text, index=None, name=f"a row of {name}", tokenizer=tokenizer),))
     raise TypeError(
         f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
         "list), a datasets.IterableDataset or, for evaluation, a dict of them"
     )
+
+
+def _located(check: Callable[[Any], None], row: Any, where: str) -> None:
+    try:
+        check(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -61,10 +61,11 @@ class Estimate:
     """One of SETTINGS. Bytes, and units of 2*N*D*V operations.
 
     full_bytes: peak of full logits, as at the module's top. gradient_bytes: results, on top of either.
-    schedule: what a call to `linear_logps` does; its scratch and saved bytes are ours.
+    schedule: what a call to `linear_logps` does; its scratch and saved bytes are ours. tokens: those scored.
     """
 
     setting: str
+    tokens: int
     full_bytes: int
     full_units: float
     schedule: Schedule
@@ -114,6 +115,7 @@ def estimate(
         found.append(
             Estimate(
                 setting,
+                scored,
                 logits * (3 * wide + (item if capped else 0)) if train_hidden else logits * 2 * wide,
                 _FULL_UNITS.get(setting, 3.0) * positions / scored,
                 _schedule(plan, head, scored, dtype, device, train_hidden=train_hidden, train_weight=train_weight),

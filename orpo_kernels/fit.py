@@ -10,8 +10,9 @@ _MIN_CHUNK = 64
 # Measured on an H100 (docs/gpu.md): a library's products of heights that are no multiple of this run at up to a sixth
 # less than its rate, and whole waves of tiles do not matter beside that, as it cuts the inner dimension itself.
 _HEIGHT = 256
-# There too: the gradient's products reach the library's rate from about 4096 entries and 4096 tokens on.
-_WIDEST_BLOCK = 16384
+# There too: the gradient's products reach the library's rate from about 4096 entries and 4096 tokens on. 66 tiles wide:
+# with multiples of 512 tokens, whole waves on the 132 multiprocessors of a Hopper card.
+_WIDEST_BLOCK = 66 * 256
 _LEAST_INNER = 4096
 
 
@@ -61,22 +62,24 @@ def whole_rows(budget: int, cost: Bytes, tokens: int, vocab_size: int) -> tuple[
 
 
 def whole_tokens(
-    budget: int, cost: Bytes, tokens: int, vocab_size: int, moved: Callable[[int, int], int]
+    budget: int, whole: Bytes, cut: Bytes, tokens: int, vocab_size: int, moved: Callable[[int, int], int]
 ) -> tuple[int, int] | None:
     """The tile of the weight's gradient that moves the fewest bytes.
 
     Its products run over the tokens: with all of them at once, a block of the gradient is written once, and where they
-    are cut it is added to. moved: the bytes of a backward by [chunk, block].
+    are cut it is added to. whole, cut: what a tile takes in either case. moved: the bytes of a backward by
+    [chunk, block].
     """
     found: list[tuple[int, int]] = []
     for block in _blocks(vocab_size):
-        most = min(cost.chunk(budget, block), tokens)
-        if most >= min(tokens, _LEAST_INNER):
-            height = 1 if most == tokens else _HEIGHT
-            found.append((even(tokens, most // height * height, height), block))
+        most = tokens if whole.of(tokens, block) <= budget else min(cut.chunk(budget, block), tokens - 1)
+        if most == tokens:
+            found.append((tokens, block))
+        elif most >= _LEAST_INNER:
+            found.append((even(tokens, most // _HEIGHT * _HEIGHT, _HEIGHT), block))
     if found:
         return min(found, key=lambda tile: moved(*tile))
-    return largest(budget, cost, tokens, min(_WIDEST_BLOCK, vocab_size))
+    return largest(budget, cut, tokens, min(_WIDEST_BLOCK, vocab_size))
 
 
 def _blocks(vocab_size: int) -> Iterator[int]:

@@ -168,27 +168,40 @@ class Plan:
         library = min(_CPU_LIBRARY, self.budget(device) // 3) if cpu else 0
         budget = self.budget(device) - library
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
-        # Numbers of every token: gap and logsumexp, or coefficients on their way from logps to logits.
-        numbers = 4 * wide * tokens
+        # Numbers of every token: gap, logsumexp and, for the kernels, what belongs to its target; or coefficients on
+        # their way from logps to logits.
+        numbers = (6 if full_rows else 4) * wide * tokens
         for_tiles = budget - numbers
         sizes = (tokens, hidden_size, v, item)
         trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}
 
         if full_rows:
-            cost_forward, cost_backward = _kernel_bytes(hidden_size, v, dtype, train_hidden, cast)
+            cost_forward, cost_whole, cost_backward = _kernel_bytes(hidden_size, v, dtype, train_hidden, cast, cpu)
+            least_block = v
+            forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
+        else:
+            cost_forward, cost_backward = _torch_bytes(hidden_size, dtype, softcap, joined, cpu)
+            cost_whole, least_block = cost_backward, 1
+            block, some = min(_CPU_BLOCK if cpu else _GPU_BLOCK, v), max(tokens, 1)
+            forward = largest(for_tiles, cost_forward, some, block, _CPU_CHUNK if cpu else None)
+
+        keep_rows = row_kept = 0
+        if train_weight and self.keep_logit_grads and forward is not None:
+            columns = -(-v // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else v
+            row_kept = columns * item + (-(-v // forward[1])) * wide
+            keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
+
+        backward: tuple[int, int] | None = (0, 0)
+        if train_weight and full_rows:
 
             def moved(chunk: int, block: int) -> int:
                 return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
 
-            least_block = v
-            forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
-            backward = whole_tokens(for_tiles, cost_backward, max(tokens, 1), v, moved) if train_weight else (0, 0)
-        else:
-            cost_forward, cost_backward = _torch_bytes(hidden_size, dtype, softcap, joined, cpu)
-            block, least_block = min(_CPU_BLOCK if cpu else _GPU_BLOCK, v), 1
-            some = max(tokens, 1)
-            forward = largest(for_tiles, cost_forward, some, block, _CPU_CHUNK if cpu else None)
-            backward = largest(for_tiles, cost_backward, some, block) if train_weight else (0, 0)
+            if 0 < keep_rows < tokens:  # two products, whatever the chunk
+                cost_whole = cost_backward
+            backward = whole_tokens(for_tiles, cost_whole, cost_backward, max(tokens, 1), v, moved)
+        elif train_weight:
+            backward = largest(for_tiles, cost_backward, some, block)
         if forward is None or backward is None:
             least = numbers + max(cost_forward.of(1, least_block), cost_backward.of(1, 1) if train_weight else 0)
             if cpu:
@@ -197,12 +210,7 @@ class Plan:
                 f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for N={tokens}, D={hidden_size}, "
                 f"V={vocab_size}, {dtype}: give at least {least} bytes"
             )
-
-        keep_rows = row_kept = 0
-        if train_weight and self.keep_logit_grads:
-            columns = -(-v // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else v
-            row_kept = columns * item + (-(-v // forward[1])) * wide
-            keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
+        for_backward = (cost_whole if backward[0] >= tokens else cost_backward).of(*backward)
         kept_share = keep_rows / tokens if tokens else 0.0
         saved = 0
         if train_hidden or train_weight:
@@ -216,7 +224,7 @@ class Plan:
             *forward,
             *backward,
             keep_rows,
-            library + numbers + max(cost_forward.of(*forward), cost_backward.of(*backward)),
+            library + numbers + max(cost_forward.of(*forward), for_backward),
             saved,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
@@ -250,9 +258,10 @@ def _torch_bytes(hidden_size: int, dtype: torch.dtype, softcap: bool, joined: bo
 
 
 def _kernel_bytes(
-    hidden_size: int, vocab_size: int, dtype: torch.dtype, train_hidden: bool, cast: bool
-) -> tuple[Bytes, Bytes]:
-    """What tiles of `kernels.triton_path` take, in the forward and in the backward."""
+    hidden_size: int, vocab_size: int, dtype: torch.dtype, train_hidden: bool, cast: bool, cpu: bool
+) -> tuple[Bytes, Bytes, Bytes]:
+    """What tiles of `kernels.triton_path` take: in the forward, in a backward of all tokens at once, and in one of
+    chunks of them."""
     item, wide = dtype.itemsize, 4
     mixed = item < wide
     narrowest, widest = _TILE_COLUMNS
@@ -261,6 +270,13 @@ def _kernel_bytes(
     ends = (widest - 1) * item + wide * -(-vocab_size // narrowest)
     product = hidden_size * wide if mixed and train_hidden else 0
     forward = Bytes(operand + ends + product, item if train_hidden else 0, 0)
-    # An entry's gradient in fp32 before it is rounded; the weight's row where it is cast. The same of the bias.
-    entry = 4 * wide + hidden_size * ((wide if mixed != cast else 0) + (item if cast else 0))
-    return forward, Bytes(operand + (widest - 1) * item, item, entry)
+    # An entry's gradient in fp32 before it is rounded, where a product does not round it; the weight's row where it is
+    # cast. The same of the bias.
+    entry = 4 * wide + (hidden_size * item if cast else 0)
+    rounded = not mixed if cast else mixed and cpu
+    tile = (operand + (widest - 1) * item, item)
+    return (
+        forward,
+        Bytes(*tile, entry + hidden_size * wide * rounded),
+        Bytes(*tile, entry + hidden_size * wide * (mixed != cast)),
+    )

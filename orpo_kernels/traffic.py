@@ -7,8 +7,8 @@ is, and a logit costs the bytes that the passes between the two products read an
     torch path    fp32 written, read twice, operand written and read
     kernels       operand written and read
 
-There a block of the weight's gradient is an fp32 product, written, read and rounded; each further chunk of tokens is a
-product of its own that reads what it adds to.
+There a block of the weight's gradient is one product where that takes all tokens. Where they are cut, each chunk is a
+product that reads and writes an fp32 sum, which is read and rounded last.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def moved(
     made = (recomputed if full_rows else tokens) * vocab_size
     backward = of_hidden + kept + made * passes + weight * ceil(recomputed / chunks[1]) + weight  # its gradient
     backward += blocks * (hidden + recomputed * hidden_size * item * (products - 1))
-    if item < 4 and not cpu:
-        sums = ceil(tokens / chunks[1])
+    sums = ceil(keep_rows / chunks[1]) + ceil(recomputed / chunks[1])
+    if item < 4 and not cpu and (sums > 1 or not full_rows):
         backward += 4 * vocab_size * hidden_size * 2 * sums
     return forward, backward

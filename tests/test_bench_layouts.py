@@ -123,7 +123,7 @@ def test_bad_arguments(
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ('["one"]', "row 0: the row is a str, not a dict"),
+        ('"one"', "line 1: str where a row's object should be"),
         (
             '{"prompt": "one", "chosen": "two", "rejected": "one"}\n\n{"prompt": "one"}',
             "row 1: no 'chosen' in this row",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -93,7 +94,6 @@ def test_versions_are_compared_as_numbers():
         (["check", "--bogus"], 2, "unrecognized arguments: --bogus"),
         ([], 2, "the following arguments are required: COMMAND"),
         (["bogus"], 2, "invalid choice: 'bogus'"),
-        (["train"], 2, "required: --model_name_or_path/--model-name-or-path, --dataset_name"),
     ],
 )
 def test_help_and_usage(arguments: list[str], code: int, printed: str, capsys: pytest.CaptureFixture[str]):
@@ -158,32 +158,73 @@ def test_arguments_from_a_file(suffix: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*NEEDED, "--bogus", "3"], r"not used .*'--bogus', '3'"),
+        ([], "the following arguments are required: --model_name_or_path/--model-name-or-path, --dataset_name"),
+        ([*NEEDED, "--bogus", "3"], "unknown argument --bogus"),
+        ([*NEEDED, "--learningrate", "1e-4"], "unknown argument --learningrate: did you mean --learning_rate?"),
+        ([*NEEDED, "extra"], "unknown argument extra"),
         ([*NEEDED, "--preset", "dpo"], "preset='dpo' is unknown: use one of 'trl'"),
         ([*NEEDED, "--beta", "-1"], "beta=-1.0: use a finite number of at least 0"),
         ([*NEEDED, "--loss_normalization", "sum"], "loss_normalization='sum': use 'batch' or 'global'"),
         ([*NEEDED, "--remove_unused_columns", "true"], "remove_unused_columns=True would drop"),
+        ([*NEEDED, "--max_length", "long"], "argument --max_length/--max-length: invalid int value: 'long'"),
+        ([*NEEDED, "--max_length", "1"], "max_length=1: use an int of at least 2"),
+        ([*NEEDED, "--model_name_or_path", "./none"], "--model_name_or_path ./none: there is no such folder"),
+        ([*NEEDED, "--output_dir", "/proc/none"], "--output_dir /proc/none cannot be made: "),
+        (NEEDED, "--dataset_name"),  # no such data set
         (["missing.yaml"], "missing.yaml"),
         (["missing.json"], "missing.json"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str):
-    with pytest.raises(SystemExit, match=f"orpo-kernels train: .*{message}"):
-        main(["train", *arguments])
+def test_bad_arguments(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One line, before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    assert main(["train", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("orpo-kernels train: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
-def test_bad_number(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", *NEEDED, "--max_length", "long"])
-    assert stopped.value.code == 2
-    assert "argument --max_length/--max-length: invalid int value: 'long'" in capsys.readouterr().err
+def test_traceback_on_request():
+    with pytest.raises(ValueError, match="unknown argument --bogus"):
+        main(["train", *NEEDED, "--bogus", "3", "--traceback"])
 
 
-def test_a_bad_key_in_a_file(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "betta": 1}',
+            "betta: did you mean beta?",
+        ),
+        ("[1]", "holds list: use arguments and their values"),
+        ("{", "arguments.json: Expecting property name"),
+    ],
+)
+def test_a_bad_file_of_arguments(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "arguments.json"
-    path.write_text(json.dumps({"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "betta": 1}))
-    with pytest.raises(SystemExit, match=r"orpo-kernels train: .*betta"):
-        main(["train", str(path)])
+    path.write_text(content)
+    assert main(["train", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_rows_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(jsonl([*PAIRS, {"prompt": "q", "chosen": "a"}]))
+    options = ["--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *NEEDED, *options]) == 2
+    assert f"pairs.jsonl, training row {len(PAIRS)}: no 'rejected' in this row" in capsys.readouterr().err
 
 
 # ---- train: data ----
@@ -255,7 +296,7 @@ def test_bad_data(name: str, options: dict[str, Any], message: str, data: Path):
     (data / "bad.jsonl").write_text('{"prompt": \n')
     (data / "empty.jsonl").write_text("")
     (data / "one.jsonl").write_text(jsonl(PAIRS[:1]))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         load_pairs(DataArguments(str(data / name), **options))
 
 
@@ -392,13 +433,13 @@ def test_the_trainer_needs_accelerate_and_no_more(model_folder: Path, tmp_path: 
     done = run_without(
         PEERS,
         """
+        import contextlib, io
         from orpo_kernels.__main__ import main
         assert main(["train", *sys.argv[1:]]) == 0
         for more in (["--use_peft"], ["--dataset_name", "a_name"]):
-            try:
-                main(["train", *sys.argv[1:], *more])
-            except SystemExit as stopped:
-                print(stopped.code)
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert main(["train", *sys.argv[1:], *more]) == 2
+            print(said.getvalue().splitlines()[-1])
         from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
         from transformers import AutoModelForCausalLM, AutoTokenizer
         folder = sys.argv[sys.argv.index("--model_name_or_path") + 1]
@@ -411,8 +452,9 @@ def test_the_trainer_needs_accelerate_and_no_more(model_folder: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == [
-        "--use_peft needs the peft package: pip install 'peft>=0.18'",
-        "--dataset_name a_name needs the datasets package: pip install datasets",
+        "orpo-kernels train: --use_peft needs the peft package: pip install 'peft>=0.18' (--traceback shows where)",
+        "orpo-kernels train: --dataset_name a_name needs the datasets package: pip install datasets (--traceback shows "
+        "where)",
         "peft_config was given but peft is not installed: pip install 'peft>=0.18'",
     ]
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -149,7 +149,7 @@ def test_exit_code_tells_a_wrong_loss_and_a_fallen_margin(
 @pytest.fixture
 def compared(tiny: Path, tmp_path: Path) -> Comparison:
     model, tokenizer = demo_run.load_model(str(tiny), None)
-    trainer = demo_run.build_trainer(model, tokenizer, PAIRS[-2:], tmp_path, demo_run.Settings())
+    trainer = demo_run.build_trainer(model, tokenizer, [PAIRS[0], *PAIRS[-2:]], tmp_path, demo_run.Settings())
     trainer.evaluate()
     return Comparison.run(trainer, trainer._prepare_inputs(trainer.data_collator(trainer.eval_dataset)))
 

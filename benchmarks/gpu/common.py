@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -81,8 +82,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(function: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
-    """The median of device times of a call."""
+# Products of 8192 x 8192 matrices, about 20 ms of an H100's time, that run while the host queues a call: as a model's
+# would, and at a model's power.
+_LEAD = 14
+
+
+def milliseconds(function: Callable[[], Any], repeats: int = 5, warm: int = 2, *, queued: bool = False) -> float:
+    """The median of device times of a call, which begins on an idle device.
+
+    queued: the host is ahead by then, as it is in a training step, where the model's kernels are still running.
+    """
     for _ in range(warm if CUDA else 1):
         function()
     synchronize()
@@ -90,6 +99,8 @@ def milliseconds(function: Callable[[], Any], repeats: int = 5, warm: int = 2) -
     for _ in range(repeats if CUDA else 1):
         if CUDA:
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            for _ in range(_LEAD if queued else 0):
+                torch.mm(_square(), _square())
             first.record()
             function()
             last.record()
@@ -100,6 +111,11 @@ def milliseconds(function: Callable[[], Any], repeats: int = 5, warm: int = 2) -
             function()
             times.append(1e3 * (time.perf_counter() - begun))
     return statistics.median(times)
+
+
+@functools.cache
+def _square() -> Tensor:
+    return torch.randn(8192, 8192, device=DEVICE).to(BF16)
 
 
 def teraflops(operations: float, ms: float) -> float:

@@ -6,6 +6,10 @@ device works shows as gaps.
 
 from __future__ import annotations
 
+import cProfile
+import pstats
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ def kernels() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in list(WAYS)[1:] if CUDA else []:
         step, _ = step_of(HEADLINE, *WAYS[name])
-        ms = milliseconds(step, 3)
+        ms, queued = milliseconds(step, 3), milliseconds(step, 3, queued=True)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             step()
             synchronize()
@@ -33,10 +37,41 @@ def kernels() -> dict[str, Any]:
         )
         rows = [row for row in rows if row[2] > 0]
         busy = sum(row[2] for row in rows)
-        found[name] = {"ms": ms, "busy_ms": busy, "gaps_ms": ms - busy, "kernels": rows[:20]}
-        print(f"   {name}: {ms:.2f} ms, {busy:.2f} in kernels", flush=True)
+        found[name] = {"ms": ms, "queued_ms": queued, "busy_ms": busy, "gaps_ms": ms - busy, "kernels": rows[:20]}
+        print(f"   {name}: {ms:.2f} ms, queued {queued:.2f}, {busy:.2f} in kernels", flush=True)
         for key, calls, total in rows[:10]:
             print(f"      {total:8.3f} ms {calls:5d} x {key}", flush=True)
+    return found
+
+
+def host() -> dict[str, Any]:
+    """Where the host's time goes: the functions that most of a call's is spent in, themselves."""
+    found: dict[str, Any] = {}
+    for name in list(WAYS)[1:3]:
+        step, _ = step_of(HEADLINE, *WAYS[name])
+        step()
+        synchronize()
+        profiler = cProfile.Profile()
+        # A backward runs in the thread that asks for it, where the profiler sees it.
+        with torch.autograd.set_multithreading_enabled(False):
+            begun = time.perf_counter()
+            step()
+            alone = 1e3 * (time.perf_counter() - begun)
+            synchronize()
+            profiler.runcall(step)
+        synchronize()
+        stats: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+        rows = sorted(
+            ((f"{Path(key[0]).name}:{key[1]} {key[2]}", calls, 1e3 * own, 1e3 * total)
+             for key, (_, calls, own, total, _) in stats.items()),
+            key=lambda row: -row[2],
+        )  # fmt: skip
+        found[name] = {"ms": alone, "functions": rows[:40]}
+        print(
+            f"   {name}: {alone:.2f} ms on the host; calls, ms of its own, ms in all, under the profiler:", flush=True
+        )
+        for key, calls, own, total in rows[:25]:
+            print(f"      {calls:6d} {own:8.3f} {total:8.3f}  {key}", flush=True)
     return found
 
 
@@ -70,5 +105,6 @@ def run(record: Record) -> None:
     sizes = {head.hidden_size for head in MODELS.values()} | {HEADLINE.d}
     record.section("compile", lambda: warm.warm([warm.Job(d, None, BF16) for d in sorted(sizes)]))
     record.section("kernels", kernels)
+    record.section("host", host)
     record.section("budgets", budgets)
     record.section("heads", heads)

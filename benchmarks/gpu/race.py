@@ -60,7 +60,7 @@ def measure(peer: Peer, mode: str, right: torch.Tensor, pick: torch.Tensor) -> d
             step()
             synchronize()
             found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # a peer that fails, or lacks a package, is a finding; the others go on
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     logps = found.pop("logps")
     found["logps_error"] = None if logps is None else float((logps.double() - right).abs().max())
@@ -75,6 +75,8 @@ def race(mode: str, compiling: bool) -> dict[str, Any]:
     found = {}
     for name, peer in PEERS.items():
         if ((peer.compiles and not name.startswith("cce")) or name == "cce-torch") != compiling:
+            continue
+        if CUDA and name == "ours-12mib":  # the budget of a CPU: hundreds of chunks
             continue
         found[name] = measure(peer, mode, right, pick)
         if CUDA:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -23,25 +25,36 @@ def pytest(files: tuple[str, ...], seconds: float) -> dict[str, Any]:
         "pytest",
         "-p",
         "no:cacheprovider",
-        "-q",
+        "-v",
         "-x" if not CUDA else "--maxfail=30",
         *files,
     ]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(2, (os.cpu_count() or 2) - 4)) if CUDA else "2", "--dist", "worksteal"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    # A session of its own: what is out of time ends with all its workers.
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    timed_out = False
     try:
         output, _ = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        run.terminate()
+        timed_out = True
+        os.killpg(run.pid, signal.SIGKILL)
         output, _ = run.communicate()
     lines = output.splitlines()
+    # `[gw0] [ 1%] PASSED tests/...` or `tests/... PASSED`; a summary's lines begin with the verdict.
+    verdicts = Counter(
+        found[1] for line in lines if (found := re.match(r"(?:\[gw|tests/).*\b(PASSED|FAILED|SKIPPED|ERROR)\b", line))
+    )
     shown = [line for line in lines if re.match(r"(FAILED|ERROR|E  )", line)][:60] + lines[-3:]
     print("\n".join(f"   {line[:220]}" for line in shown), flush=True)
-    if run.returncode:
-        raise RuntimeError(f"exit status {run.returncode}: {lines[-1] if lines else ''}; {shown[:30]}")
-    return {"last line": lines[-1]}
+    counts = ", ".join(f"{count} {verdict.lower()}" for verdict, count in sorted(verdicts.items()))
+    print(f"   {counts}{', and the time was up' if timed_out else ''}", flush=True)
+    if verdicts["FAILED"] or verdicts["ERROR"] or (run.returncode and not timed_out):
+        raise RuntimeError(f"exit status {run.returncode}, {counts}: {shown[:30]}")
+    return {"counts": verdicts, "complete": not timed_out}
 
 
 def run(record: Record) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -39,16 +38,15 @@ def from_file(path: Path, pairs: int, seed: int = 0) -> Lengths:
 
 
 def read_rows(path: Path, option: str) -> list[dict[str, Any]]:
-    """The rows of a .json (an array) or .jsonl file. Raises ValueError that starts with `option` if it has none."""
+    """The rows of a file that `integration.files` reads. Raises ValueError that starts with `option` if it has none."""
+    from orpo_kernels.integration.files import read_pairs
+
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return read_pairs(path)
     except OSError as error:
         raise ValueError(f"{option}: {error.strerror}") from error
-    except ValueError as error:  # of the encoding too
-        raise ValueError(f"{option} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _of_row(row: dict[str, Any]) -> tuple[int, int, int]:

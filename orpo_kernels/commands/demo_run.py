@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from orpo_kernels.commands.demo import DemoError
 from orpo_kernels.commands.demo_plot import plot_curves
 from orpo_kernels.commands.demo_progress import Progress
 from orpo_kernels.commands.demo_report import announce, print_results
+from orpo_kernels.integration.files import read_pairs as read_rows
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 
 
@@ -110,8 +111,8 @@ def run(name: str, folder: str, gguf_file: str | None, output_dir: Path, setting
 
 def read_pairs() -> list[dict[str, Any]]:
     """The bundled preference pairs; `split` is "train" or "heldout"."""
-    path = files("orpo_kernels").joinpath("demo_data/preference_pairs.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with as_file(files("orpo_kernels").joinpath("demo_data/preference_pairs.jsonl")) as path:
+        return read_rows(path)
 
 
 def split(pairs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from orpo_kernels.estimate import MODELS, Estimate, HeadSize, estimate, head_of_model
-from orpo_kernels.plan import MIB
+from orpo_kernels.costs import CARDS, Prediction, predict
+from orpo_kernels.estimate import MODELS, SETTINGS, Estimate, HeadSize, estimate, head_of_model
+from orpo_kernels.plan import MIB, Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -35,7 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--ignored", type=float, default=0.25, help="share of positions that are not scored (default: %(default)s)"
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="it need not be there (default: %(default)s)"
+        "--device",
+        choices=("cuda", "cpu", *CARDS),
+        default="cuda",
+        help="it need not be there; a card by its name gets the milliseconds predicted (default: %(default)s)",
     )
     parser.add_argument("--scratch-mib", type=float, help="memory budget (default: the device's)")
     parser.set_defaults(run=run)
@@ -45,15 +49,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         head = _head(args)
         dtype = DTYPES[args.dtype] if args.dtype else head.dtype or torch.float32
+        scratch = None if args.scratch_mib is None else int(args.scratch_mib * MIB)
+        on_card = args.device in CARDS
         found = estimate(
             head,
             args.pairs,
             args.length,
             dtype=dtype,
-            device=args.device,
+            device="cuda" if on_card else args.device,
             ignored=args.ignored,
-            scratch_bytes=None if args.scratch_mib is None else int(args.scratch_mib * MIB),
+            scratch_bytes=scratch,
         )
+        times = predictions(found, head, args.device, dtype, scratch) if on_card else []
     except ValueError as error:
         print(f"orpo-kernels estimate: {error}", file=sys.stderr)
         return 2
@@ -67,7 +74,32 @@ def run(args: argparse.Namespace) -> int:
         "\nGradients (of hidden states and weight) come on top of either. A unit is 2*N*D*V operations, N the scored\n"
         "tokens; full logits are made for every position. Full logits: one cross entropy, no copy."
     )
+    for setting, prediction in times:
+        print(f"\n{setting}, {prediction}")
     return 0
+
+
+def predictions(
+    found: list[Estimate], head: HeadSize, card: str, dtype: torch.dtype, scratch_bytes: int | None
+) -> list[tuple[str, Prediction]]:
+    """Each setting and the time of a call, forward and backward. Raises ValueError as `costs.predict` does."""
+    times = []
+    for e in found:
+        hidden, weight, keep = SETTINGS[e.setting]
+        plan = Plan(scratch_bytes=scratch_bytes, keep_logit_grads=keep)
+        prediction = predict(
+            plan,
+            e.tokens,
+            head.hidden_size,
+            head.vocab_size,
+            card,
+            dtype=dtype,
+            train_hidden=hidden,
+            train_weight=weight,
+            softcap=head.softcap is not None,
+        )
+        times.append((e.setting, prediction))
+    return times
 
 
 def table(found: list[Estimate]) -> list[str]:

@@ -8,12 +8,14 @@ is read the same way.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from typing import Any, NoReturn
 
 EXAMPLE = """example:
   orpo-kernels train --model_name_or_path ./my-model --dataset_name pairs.jsonl --eval_fraction 0.05 \\
@@ -23,7 +25,15 @@ first turns, or {conversations, chosen, rejected}."""
 
 
 @dataclass
-class ModelArguments:
+class _Arguments:
+    def __post_init__(self) -> None:
+        from orpo_kernels.integration.arguments import numbers_from_text
+
+        numbers_from_text(self)
+
+
+@dataclass
+class ModelArguments(_Arguments):
     model_name_or_path: str = field(metadata={"help": "Folder or name of the model, its tokenizer beside it."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a .gguf file in that folder to load."})
     dtype: str = field(
@@ -36,7 +46,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(_Arguments):
     dataset_name: str = field(
         metadata={"help": "Preference pairs: a .json, .jsonl, .csv or .parquet file, a folder, or a dataset's name."}
     )
@@ -48,7 +58,7 @@ class DataArguments:
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(_Arguments):
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the whole model."})
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
@@ -74,11 +84,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    model_args, data_args, lora_args, config = parse(args.arguments)
-    trainer = build_trainer(model_args, data_args, lora_args, config)
+    arguments = [argument for argument in args.arguments if argument != "--traceback"]
+    try:
+        trainer = build_trainer(*parse(arguments))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if len(arguments) < len(args.arguments):
+            raise
+        # Libraries go on for lines; what is wrong is in the first.
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"orpo-kernels train: {first} (--traceback shows where)", file=sys.stderr)
+        return 2
+    train(trainer)
+    return 0
+
+
+def train(trainer: Any) -> None:
+    """The run itself: an error from here on is no typing error, and shows its traceback."""
+    config = trainer.args
     if trainer.data_summary is None:
         print("streaming data: no summary", flush=True)
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint_of(config.resume_from_checkpoint))
     trainer.save_model()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
@@ -88,11 +113,16 @@ def run(args: argparse.Namespace) -> int:
         path = Path(config.output_dir) / "metrics.json"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"saved the model and {path.name} in {config.output_dir}")
-    return 0
+    trainer.accelerator.end_training()
+
+
+def checkpoint_of(value: str | bool | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` names: a folder, or with True the last one of the output folder."""
+    return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
 
 
 def parse(arguments: list[str]) -> Any:
-    """(ModelArguments, DataArguments, LoraArguments, ORPOConfig); exits with a message for bad ones."""
+    """(ModelArguments, DataArguments, LoraArguments, ORPOConfig). Raises ValueError for bad ones."""
     from transformers import HfArgumentParser
 
     from orpo_kernels.integration.transformers import ORPOConfig
@@ -105,14 +135,39 @@ def parse(arguments: list[str]) -> Any:
         epilog=EXAMPLE,
         formatter_class=_HelpFormatter,
     )
+    parser.error = _refuse  # type: ignore[method-assign]
+    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
+        values = _read_arguments(Path(arguments[0]))
+        _refuse_unknown(values, [field.name for group in groups for field in fields(group)])
+        return parser.parse_dict(values)
+    *found, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    _refuse_unknown([word for word in rest if word.startswith("-")] or rest, list(parser._option_string_actions))
+    return tuple(found)
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's own, which prints some hundred arguments first."""
+    raise ValueError(message)
+
+
+def _refuse_unknown(given: Iterable[str], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def _read_arguments(path: Path) -> dict[str, Any]:
+    import yaml
+
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        if len(arguments) == 1 and arguments[0].endswith(".json"):
-            return parser.parse_json_file(arguments[0])
-        if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-            return parser.parse_yaml_file(arguments[0])
-        return parser.parse_args_into_dataclasses(arguments)
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"orpo-kernels train: {error}") from error
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}: use arguments and their values, one each")
+    return values
 
 
 def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, config: Any) -> Any:
@@ -121,7 +176,10 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_arg
 
     from orpo_kernels.integration.transformers import ORPOTrainer
 
+    check_folders(model_args.model_name_or_path, Path(config.output_dir))
     train_rows, eval_rows = load_pairs(data_args)
+    for name, rows in (("training", train_rows), ("evaluation", eval_rows)):
+        check_shapes(rows, f"{data_args.dataset_name}, {name} row")
     common = {"gguf_file": model_args.gguf_file, "trust_remote_code": model_args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **common)
     model = AutoModelForCausalLM.from_pretrained(
@@ -140,11 +198,36 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_arg
     )
 
 
+def check_folders(model: str, output: Path) -> None:
+    """Before anything is loaded: the model's folder is there, where it is a path, and the output's can be written."""
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"--model_name_or_path {model}: there is no such folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output} cannot be made: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"--output_dir {output} cannot be written to")
+
+
+def check_shapes(rows: Any, what: str) -> None:
+    """ValueError for a row of none of the accepted shapes, before the model is loaded."""
+    from orpo_kernels.integration.shapes import normalize_example
+    from orpo_kernels.integration.tokenization import REQUIRED_COLUMNS
+
+    for index in range(len(rows) if isinstance(rows, list) else 0):
+        if not all(column in rows[index] for column in REQUIRED_COLUMNS):
+            try:
+                normalize_example(rows[index])
+            except ValueError as error:
+                raise ValueError(f"{what} {index}: {error}") from error
+
+
 def lora_config(lora_args: LoraArguments) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise SystemExit("--use_peft needs the peft package: pip install 'peft>=0.18'") from error
+        raise ImportError("--use_peft needs the peft package: pip install 'peft>=0.18'") from error
     return LoraConfig(
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,
@@ -158,56 +241,54 @@ def lora_config(lora_args: LoraArguments) -> Any:
 def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
     """(training rows, evaluation rows or None). A JSON file needs no other package; the rest needs `datasets`."""
     if not 0.0 <= data_args.eval_fraction < 1.0:
-        raise SystemExit(f"--eval_fraction {data_args.eval_fraction}: use a share from 0 up to, not including, 1")
+        raise ValueError(f"--eval_fraction {data_args.eval_fraction}: use a share from 0 up to, not including, 1")
     if data_args.eval_fraction and data_args.dataset_test_split:
-        raise SystemExit("--eval_fraction and --dataset_test_split were both given: use one")
+        raise ValueError("--eval_fraction and --dataset_test_split were both given: use one")
     train, held_out = _load(data_args)
     if len(train) == 0:
-        raise SystemExit(f"--dataset_name {data_args.dataset_name} leaves no rows to train on")
+        raise ValueError(f"--dataset_name {data_args.dataset_name} leaves no rows to train on")
     return train, held_out
 
 
 def _load(data_args: DataArguments) -> tuple[Any, Any]:
+    from orpo_kernels.integration.files import ENDINGS, read_pairs
+
     path = Path(data_args.dataset_name)
-    if path.suffix in _SUFFIXES and not path.exists():
-        raise SystemExit(f"--dataset_name {path}: there is no such file")
-    if path.is_file() and _SUFFIXES.get(path.suffix) == "json":
-        rows: Any = _read_json(path)
+    if path.suffix in ENDINGS and not path.exists():
+        raise ValueError(f"--dataset_name {path}: there is no such file")
+    if path.is_file() and path.suffix not in ENDINGS:
+        raise ValueError(f"--dataset_name {path}: the ending is none of {', '.join(ENDINGS)}")
+    if path.is_file() and path.suffix != ".parquet":
+        try:
+            rows: Any = read_pairs(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--dataset_name {error}") from error
         if data_args.dataset_test_split:
-            raise SystemExit(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
+            raise ValueError(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
         kept = len(rows) - round(len(rows) * data_args.eval_fraction)
         return rows[:kept], rows[kept:] or None
 
     try:
         import datasets
     except ImportError as error:
-        raise SystemExit(f"--dataset_name {path} needs the datasets package: pip install datasets") from error
+        raise ImportError(f"--dataset_name {path} needs the datasets package: pip install datasets") from error
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise SystemExit(f"--dataset_name {path}: the ending is none of {', '.join(_SUFFIXES)}")
-        loaded: Any = datasets.load_dataset(_SUFFIXES[path.suffix], data_files=str(path))
+        loaded: Any = datasets.load_dataset("parquet", data_files=str(path))
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = datasets.load_from_disk(str(path))
     else:
-        loaded = datasets.load_dataset(data_args.dataset_name)
+        try:
+            loaded = datasets.load_dataset(data_args.dataset_name)
+        except (OSError, ValueError, RuntimeError) as error:
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"--dataset_name {path} is no file or folder here, and no data set: {first}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({data_args.dataset_train_split: loaded})
     for split in filter(None, (data_args.dataset_train_split, data_args.dataset_test_split)):
         if split not in loaded:
-            raise SystemExit(f"{data_args.dataset_name} has no split {split!r}, only {', '.join(loaded)}")
+            raise ValueError(f"{data_args.dataset_name} has no split {split!r}, only {', '.join(loaded)}")
     train = loaded[data_args.dataset_train_split]
     if data_args.dataset_test_split:
         return train, loaded[data_args.dataset_test_split]
     kept = len(train) - round(len(train) * data_args.eval_fraction)
     return train.select(range(kept)), train.select(range(kept, len(train))) if kept < len(train) else None
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A JSON array, or one object a line."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"--dataset_name {path} is not valid JSON: {error}") from error

@@ -28,7 +28,7 @@ S multiplies by it). With one, f' varies, and multiplies the stored value but ne
 read at a time (a few blocks of the weight, GROUP of the hidden rows) stays in the L2 cache. A *persistent* kernel has
 one program a multiprocessor, which goes from tile to tile (PROGRAMS of them), so that the next tile's operands are
 on their way during this one's epilogue. Its loads and stores are the tensor memory unit's (descriptors), the stores
-in halves of a tile: what waits in shared memory to be stored takes the room of operands.
+in quarters of a tile: what waits in shared memory to be stored takes the room of operands, and halves spill registers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Forward, for a chunk of tokens:
 
-    target_kernel   z_y and the first base of every row
+    target_kernel   z_y and the first base of every row, once for all chunks
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and gap
     slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
@@ -10,14 +10,15 @@ Forward, for a chunk of tokens:
     u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
 
 Gradient of the head, for a block of the vocabulary: `G = c s (onehot - q) f'` [N, Vb] by tile_kernel, then `G^T H` by
-the library, in fp32, rounded once. Tokens whose exponentials were kept need no G: a row of it is -c s / S times a row
-of E, and that factor goes to the rows of H once for all blocks, `E^T (-c s / S H)`.
+the library, summed in fp32 and rounded once. Tokens whose exponentials were kept need no G: a row of it is -c s / S
+times a row of E, and that factor goes to the rows of H once for all blocks, `E^T (-c s / S H)`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ def forward(
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
+        target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
         for chunk in _chunks(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
@@ -96,11 +98,12 @@ def forward(
                 tile = kept.values[0][chunk, :v]
             elif want_u:
                 tile = scratch[: y.numel(), :v]
-            target, slope_y, base = launch.targets(hidden, rows, y)
+            slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(gap[chunk])
+            numbers = (base, target[:, chunk], total, gap[chunk], lse[chunk])
             partial = launch.sums(hidden, rows, y, base, tile)
-            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
+            launch.finish_sums(partial, *numbers)
             launch.slow_lane(hidden, rows, y, base, total, tile, partial)
-            total = launch.total(partial, base, target, gap[chunk], lse[chunk])
+            launch.finish_sums(partial, *numbers, again=True)
             if u is not None and tile is not None:
                 product = _add_product(None, tile, launch.weight, u[chunk])
                 launch.finish_u(product, y, slope_y, total, u[chunk])
@@ -141,6 +144,7 @@ def weight_gradient(
     config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
     factors = None if kept is None else _kept_factors(head, coefficient, lse, kept)
     chunks = list(_chunks(n, chunk_size, keep))
+    alone = len(chunks) == 1
 
     def operand(chunk: slice) -> Tensor:
         """Rows of hidden [C, D], those of kept tokens times their factors."""
@@ -171,7 +175,9 @@ def weight_gradient(
                 elif launch is not None:
                     g = buffer[: chunk.stop - chunk.start, :width]
                     launch.gradient(rows, tokens.targets[chunk], coefficient[chunk], lse[chunk], g, total_bias)
-                if dest is not None:
+                if dest is not None and alone:
+                    _product(g.t(), rows, dest)
+                elif dest is not None:
                     total = _add_product(total, g.t(), rows, dest)
             if dest is not None and total is not None and total is not dest:
                 dest.copy_(total)
@@ -242,14 +248,21 @@ class _Launcher:
         self._tiles(epilogue, hidden, rows, y, base, None, tile, partial)
         return partial
 
-    def total(self, partial: Tensor, base: Tensor, target: Tensor, gap: Tensor, lse: Tensor) -> Tensor:
-        """S [C]; writes gap and lse [C]."""
-        total = torch.empty_like(base)
+    def finish_sums(
+        self,
+        partial: Tensor,
+        base: Tensor,
+        target: Tensor,
+        total: Tensor,
+        gap: Tensor,
+        lse: Tensor,
+        again: bool = False,
+    ) -> None:
+        """Writes S, gap and lse [C]; again: of abnormal rows only, in place of the first ones."""
         c = total.numel()
         sum_kernel[(triton.cdiv(c, 32),)](
-            partial, base, *target, total, gap, lse, c, self.n_v, BC=32, BV=64, **_OPTIONS
+            partial, base, *target, total, gap, lse, c, self.V, self.n_v, AGAIN=again, BC=32, BV=64, **_OPTIONS
         )  # fmt: skip
-        return total
 
     def slow_lane(
         self,
@@ -378,6 +391,29 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Ten
     for part in _chunks(a.shape[1], _WIDENED):
         torch.addmm(total, a[:, part].to(wide), b[part].to(wide), out=total)
     return total
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`a @ b`, summed in fp32 and rounded once to the dtype of `out`."""
+    if out.dtype == a.dtype and _has_mixed_product(a.device, a.dtype):
+        with _fp32_reductions():
+            torch.mm(a, b, out=out)
+        return
+    total = _add_product(None, a, b, out)
+    if total is not out:
+        out.copy_(total)
+
+
+@contextlib.contextmanager
+def _fp32_reductions() -> Iterator[None]:
+    """Where the library cuts the inner dimension of a bf16 product, it adds the parts up before they are rounded."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:

@@ -25,3 +25,5 @@ if __name__ == "__main__":
     trained = Accelerated(accelerator.prepare).train(accelerator.process_index)
     if accelerator.is_main_process:
         torch.save(tuple(trained), sys.argv[1])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

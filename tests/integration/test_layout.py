@@ -397,7 +397,7 @@ def test_the_summary_names_the_layouts(tmp_path, tokenizer, model, caplog):  # n
         True,
     )
     shared = rows["input_ids"].numel() / math.ceil(len(TEXTS) / 4)
-    assert f"{shared:,.0f} shared; asked for: shared" in record.message
+    assert f"{shared:,.0f} shared; rows are shared, which computes " in record.message
 
 
 @pytest.mark.parametrize(

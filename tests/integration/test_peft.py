@@ -289,7 +289,7 @@ REFUSED = {
     "FourierFT": ("fourierft", lambda: with_config(peft.FourierFTConfig(target_modules=["lm_head"], n_frequency=10))),
     "AdaLoRA": ("adalora", lambda: with_config(peft.AdaLoraConfig(target_modules=["lm_head"], total_step=10))),
     "second is DoRA": ("'second'.*DoraLinearVariant", lambda: two_adapters(use_dora=True)),
-    "trained tokens": ("TrainableTokensWrapper", lambda: lora(tied, ("q_proj",), trainable_token_indices=[1])),
+    "trained tokens": ("no plain nn.Linear", lambda: lora(tied, ("q_proj",), trainable_token_indices=[1])),
 }
 
 

@@ -10,9 +10,9 @@ import torch
 from compatibility import measured
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
+from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer, PreferenceCollator
 from orpo_kernels.loss import orpo_from_logps
 
 WORDS = [
@@ -85,6 +85,7 @@ def config(tmp_path, **options) -> ORPOConfig:
         "save_strategy": "no",
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
+        "packing": False,
     }
     return ORPOConfig(str(tmp_path), **{**defaults, **options})
 
@@ -254,7 +255,7 @@ def test_a_summary_comes_before_training(tmp_path, tokenizer, model, quiet, caps
     ORPOTrainer(model, config(tmp_path, disable_tqdm=quiet), train_dataset=PAIRS, processing_class=tokenizer)
     printed = capsys.readouterr().out
     assert (f"training data: {len(PAIRS)} pairs" in printed) == (not quiet)
-    assert ("asked for: padded" in printed) == (not quiet)
+    assert ("rows are padded; packing=True would compute" in printed) == (not quiet)
 
 
 @pytest.mark.parametrize(
@@ -286,3 +287,80 @@ def test_images(tmp_path, tokenizer, model):
     ):
         with pytest.raises(ValueError, match=message):
             ORPOTrainer(model, config(tmp_path), train_dataset=rows, processing_class=tokenizer)
+
+
+def layout_of(trainer: ORPOTrainer) -> str:
+    trainer.train()
+    assert trainer._gate is not None
+    return trainer._gate.name or "padded"
+
+
+def test_rows_are_packed_where_that_saves_a_tenth(model, tokenizer, tmp_path, caplog):
+    """By default; the losses are those of padded rows."""
+    found = {}
+    for packing in ("auto", False):
+        args = config(tmp_path, packing=packing, max_steps=2)
+        trainer = ORPOTrainer(copy.deepcopy(model), args, train_dataset=PAIRS, processing_class=tokenizer)
+        assert layout_of(trainer) == ("shared" if packing else "padded")
+        found[packing] = losses(trainer)
+    assert found["auto"] == pytest.approx(found[False], rel=1e-5)
+    assert ORPOConfig("unused", use_cpu=True).packing == "auto"
+
+    # Nothing to save: one token of prompt, sequences of one length.
+    rows = [{"prompt": "a", "chosen": " sky is blue so it is", "rejected": " green is me so it was"}] * 4
+    trainer = ORPOTrainer(model, config(tmp_path, packing="auto"), train_dataset=rows, processing_class=tokenizer)
+    assert layout_of(trainer) == "padded"
+
+
+def test_a_model_that_cannot_pack_is_padded_without_a_warning(tokenizer, tmp_path, caplog):
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2))
+    with caplog.at_level("WARNING", "orpo_kernels"):
+        args = config(tmp_path, packing="auto", max_steps=1)
+        assert layout_of(ORPOTrainer(bloom, args, train_dataset=PAIRS, processing_class=tokenizer)) == "padded"
+    assert "batches are padded" not in caplog.text
+    with caplog.at_level("WARNING", "orpo_kernels"):
+        args = config(tmp_path, packing=True, max_steps=1)
+        layout_of(ORPOTrainer(bloom, args, train_dataset=PAIRS, processing_class=tokenizer))
+    assert "batches are padded, not shared" in caplog.text
+
+
+def test_a_given_collator_and_a_stream_stay_padded(model, tokenizer, tmp_path):
+    collator = PreferenceCollator(tokenizer)
+    args = config(tmp_path, packing="auto", max_steps=1)
+    trainer = ORPOTrainer(model, args, collator, train_dataset=PAIRS, processing_class=tokenizer)
+    assert trainer.data_collator is collator
+    trainer = ORPOTrainer(model, args, train_dataset=Stream(), processing_class=tokenizer)
+    assert isinstance(trainer.data_collator, PreferenceCollator)
+    with pytest.raises(ValueError, match="packing='maybe': use 'auto', True or False"):
+        config(tmp_path, packing="maybe")
+
+
+class Stream:
+    def __iter__(self):
+        return iter(PAIRS)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "head"])
+def test_tokens_that_the_model_lacks(what: str, model, tokenizer, tmp_path):
+    """A tokenizer larger than the embeddings; a head smaller than them."""
+    small = len(tokenizer) - 1
+    if what == "tokenizer":
+        model.resize_token_embeddings(small)
+        message = rf"the tokenizer has {len(tokenizer)} tokens and the model {small} embeddings: call model\.resize"
+    else:
+        model.lm_head = nn.Linear(32, small, bias=False)
+        message = rf"train_dataset, row 3: token id {small}, which the head does not score: it has {small} rows"
+    last = tokenizer.convert_ids_to_tokens(small)
+    data = [*PAIRS, {"prompt": "a sky", "chosen": f" {last}", "rejected": " it"}]
+    with pytest.raises(ValueError, match=message):
+        ORPOTrainer(model, config(tmp_path), train_dataset=data, processing_class=tokenizer)
+
+
+def test_rows_in_several_processes(model, tokenizer, tmp_path):
+    found = [
+        ORPOTrainer(
+            model, config(tmp_path, dataset_num_proc=processes), train_dataset=PAIRS, processing_class=tokenizer
+        ).train_dataset
+        for processes in (None, 2)
+    ]
+    assert found[0] == found[1]

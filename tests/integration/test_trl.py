@@ -108,7 +108,7 @@ def mixtral(router: bool) -> nn.Module:
 
 def t5() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
@@ -220,7 +220,8 @@ def test_five_steps(name, build, options, tmp_path):
     runs = []
     for module in (ours, trl_cpo if name == "CPOTrainer" else trl_orpo):
         first = FirstGradients()
-        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], **options)
+        # Not Adam, whose first steps are as long for a gradient that is all rounding as for any other.
+        trainer = make(getattr(module, name), build(), tmp_path, callbacks=[first], optim="sgd", **options)
         trainer.train()
         runs.append((steps(trainer), first.grads))
     (found, grads), (expected, expected_grads) = runs
@@ -558,7 +559,7 @@ def test_empty_completions(tmp_path):
     [
         ({"train_dataset": PAIRS}, r"train_dataset is a list: use a datasets\.Dataset \(Dataset\.from_list"),
         ({"eval_dataset": {"a": PAIRS}}, r"eval_dataset\['a'\] is a list"),
-        ({"train_dataset": {"train": 1}}, r"train_dataset is a dict of \['train'\]: give one of these"),
+        ({"train_dataset": {"train": 1}}, r"train_dataset is a dict of train: give one of these"),
     ],
 )
 def test_data_sets_of_another_kind(dataset, message, tmp_path):

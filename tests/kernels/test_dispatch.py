@@ -11,6 +11,12 @@ from orpo_kernels.kernels import triton_path
 TOKENS, D, V = 40, 32, 100  # V is no multiple of a tile
 
 
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    """The kernels' own: compiled, they take no CPU tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture(autouse=True)
 def served_by_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the kernels serve CPU tensors too; the calls they get are listed."""

@@ -387,7 +387,8 @@ def test_sure_tokens(generator: torch.Generator, dtype: torch.dtype) -> None:
             d_weight, _ = triton_path.weight_gradient(
                 *problem, coefficient, got.lse, got.kept, schedule(problem), True, False, config=CONFIG
             )
-            allowed = 4e-3 if dtype == torch.bfloat16 else 8 * float(logit_error[t])
+            # In bf16 what is stored of a logit is rounded, the result, and a kept token's hidden row times its factor.
+            allowed = (3 if keep else 2) * 2.0**-9 if dtype == torch.bfloat16 else 8 * float(logit_error[t])
             assert relative(d_weight, want.g[t, :, None] * want.hidden[t]) <= allowed, want.gap[t]
 
 
@@ -511,7 +512,8 @@ def huge(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
 
 
 def test_hidden_rows_past_2_to_the_31(generator: torch.Generator, huge: Callable[[Tensor], Tensor]) -> None:
-    problem = make(generator, 5, 40, 70, torch.bfloat16)
+    # Both strides are multiples of 16: kernels are compiled, and add up, alike for them.
+    problem = make(generator, 5, 48, 70, torch.bfloat16)
     tokens = problem.tokens._replace(
         hidden=problem.tokens.hidden[:3], rows=torch.tensor([2, 0, 1, 2, 2], device=DEVICE)
     )
@@ -520,7 +522,7 @@ def test_hidden_rows_past_2_to_the_31(generator: torch.Generator, huge: Callable
 
 
 def test_weight_rows_past_2_to_the_31(generator: torch.Generator, huge: Callable[[Tensor], Tensor]) -> None:
-    tokens, head = make(generator, 5, 40, 3, torch.bfloat16)
+    tokens, head = make(generator, 5, 48, 3, torch.bfloat16)
     tokens.targets.copy_(torch.tensor([2, 0, 1, 2, 2]))
     far = head._replace(weight=huge(head.weight))
     assert_same(run(Problem(tokens, far)), run(Problem(tokens, head)), same_product=False)

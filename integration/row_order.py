@@ -1,0 +1,89 @@
+"""In which order a trainer reads its rows: the same in every run of the same seed, resumed or not, and each row once.
+
+Transformers' length-grouped order draws from the global generator. After a resume that stands elsewhere than it did
+when the epoch began, so that some rows of the epoch would come twice and others never. Here an epoch's order follows
+from the seed and the epoch alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, get_worker_info
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+
+class EpochGroupedSampler(Sampler[int]):
+    """Random, rows of about a length together.
+
+    lengths: of the rows, in tokens. batch_size: rows that are to be of about a length. epoch: asked when an epoch
+    begins.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
+        self.batch_size, self.lengths, self.seed, self.epoch = batch_size, lengths, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class RowOrder:
+    """A trainer's samplers, where its rows are to be grouped by length."""
+
+    args: Any
+    state: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        lengths = self._lengths(self.train_dataset if train_dataset is None else train_dataset)
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # `state.epoch` counts the steps taken in it too; it is a whole number when one ends.
+        return EpochGroupedSampler(batch_size, lengths, self._order_seed(), lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        lengths = self._lengths(eval_dataset)
+        if lengths is None:
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+        generator = torch.Generator().manual_seed(self._order_seed())  # the same order on every process
+        return LengthGroupedSampler(self.args.eval_batch_size, lengths=lengths, generator=generator)
+
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _lengths(self, rows: Any) -> list[int] | None:
+        """Those of the rows, where they are to be grouped by them and have them."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return None
+        if isinstance(rows, list):
+            return [row["length"] for row in rows]
+        columns = getattr(rows, "column_names", None)
+        return list(rows["length"]) if hasattr(rows, "__len__") and columns and "length" in columns else None
+
+
+def rows_of_stream(stream: Iterable[Any]) -> Iterator[Any]:
+    """Every row once, however many workers a data loader has: one of them reads them all.
+
+    An iterable that knows nothing of workers would be read whole by each, and one that draws at random, by workers of
+    other seeds, cannot be shared by position. A `datasets.IterableDataset` shares itself, shard by shard.
+    """
+    worker = get_worker_info()
+    package = sys.modules.get("datasets")
+    if worker is None or (package is not None and isinstance(stream, package.IterableDataset)):
+        yield from stream
+    elif worker.id == 0:
+        # A stream that shares itself by worker must find that there is none.
+        state: Any = torch.utils.data._utils.worker
+        state._worker_info = None
+        try:
+            yield from stream
+        finally:
+            state._worker_info = worker

@@ -1,0 +1,75 @@
+"""PEFT set-ups that put positions before the rows, or another weight in the head's place, against full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orpo_kernels.integration.lm_head import attach
+from orpo_kernels.linear_logps import shift_labels
+
+peft = pytest.importorskip("peft")
+IDS = torch.randint(3, 97, (3, 9))
+LORA = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+TIED = {"tie_word_embeddings": True}
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **options))
+
+
+def full_logits(model: nn.Module) -> Tensor:
+    logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
+    return torch.log_softmax(logits[:, :-1].double(), -1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (lambda: peft.LoraConfig(**LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True), TIED),
+        (lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"], ensure_weight_tying=True), TIED),
+        (lambda: peft.LoraConfig(**LORA, modules_to_save=["embed_tokens"]), {}),
+        (lambda: peft.LoraConfig(**LORA, trainable_token_indices=[3, 4]), {}),
+        (lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), {}),
+        (lambda: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM"), {}),
+        (lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), {}),
+    ],
+    ids=["tied embeddings saved", "tied head saved", "embeddings saved", "tokens", "prompt", "p-tuning", "prefix"],
+)
+def test_like_full_logits(config: Any, options: dict[str, Any]) -> None:
+    model: Any = peft.get_peft_model(llama(**options), config())
+    weights = torch.rand(3, 8)
+    (full_logits(model) * weights).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    over = torch.ones_like(IDS, dtype=torch.bool)
+    logps, outputs = attach(model).logps(
+        shift_labels(IDS), input_ids=IDS, attention_mask=torch.ones_like(IDS), mean_logits_over=over
+    )
+    assert logps.shape == IDS.shape
+    torch.testing.assert_close(logps[:, :-1].double(), full_logits(model), rtol=1e-5, atol=1e-5)
+    assert outputs["mean_logits"].shape == (3,)
+    (logps[:, :-1] * weights).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("indices", "options"), [([3, 4], TIED), ({"lm_head": [3, 4]}, {})], ids=["tied", "head"])
+def test_single_tokens_of_the_head_are_refused_with_a_way_out(indices: Any, options: dict[str, Any]) -> None:
+    model = peft.get_peft_model(llama(**options), peft.LoraConfig(**LORA, trainable_token_indices=indices))
+    with pytest.raises(ValueError, match=r"trainable_token_indices reach the head .* ensure_weight_tying=True"):
+        attach(model)
+
+
+def test_rows_are_refused_behind_positions_of_its_own() -> None:
+    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="prompt tuning puts 5 positions of its own before every row"):
+        attach(model).logps(IDS.flatten(), rows=torch.arange(27), input_ids=IDS)

@@ -1,0 +1,272 @@
+"""Which rows a step trains on and its metrics count: all of them, each once, resumed or not, in 1 and 2 processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.trainer_utils import get_last_checkpoint
+
+from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
+
+WORDS = 60
+OWN = "own"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": WORDS + 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, eos_token_id=2))
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """Each named by the first word of its prompt; lengths differ."""
+    return [
+        {"prompt": f"w{i} w1", "chosen": " w2" * (1 + i % 5), "rejected": " w3" * (1 + 3 * i % 4)} for i in range(count)
+    ]
+
+
+def make(kind: str, folder: Path, rows: Any, model: Any = None, **options: Any) -> Any:
+    defaults = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
+    defaults |= {"bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1}
+    arguments: Any = {"train_dataset": rows, "processing_class": tokenizer()}
+    if kind == OWN:
+        return ORPOTrainer(model or llama(), ORPOConfig(str(folder), **defaults | options), **arguments)
+    trl = pytest.importorskip("trl.experimental.orpo")
+    datasets = pytest.importorskip("datasets")
+    from orpo_kernels.integration.trl import ORPOTrainer as TrlORPOTrainer
+
+    if isinstance(rows, list):
+        arguments["train_dataset"] = datasets.Dataset.from_list(rows)
+    return TrlORPOTrainer(model or llama(), trl.ORPOConfig(str(folder), **defaults | options), **arguments)
+
+
+def watch(trainer: Any) -> list[int]:
+    """The names of the pairs that are trained on, in order, as they are."""
+    seen: list[int] = []
+    compute_loss = trainer.compute_loss
+
+    def watched(model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        if "layout" in inputs:
+            found = [torch.tensor(pair["chosen_input_ids"]) for pair in inputs["layout"].pairs]
+            seen.extend(int(ids[ids >= 3][0]) - 3 for ids in found)
+            return compute_loss(model, inputs, *args, **more)
+        ids: Tensor = inputs["input_ids"] if "input_ids" in inputs else inputs["chosen_input_ids"]
+        first = ids[: len(ids) // 2] if "input_ids" in inputs else ids
+        seen.extend(int(row[row >= 3][0]) - 3 for row in first)
+        return compute_loss(model, inputs, *args, **more)
+
+    trainer.compute_loss = watched
+    return seen
+
+
+def accuracy(rows: list[dict[str, str]]) -> float:
+    """Of the untrained model, over all rows."""
+    model, found = llama().double(), []
+    tokens = tokenizer()
+    for row in rows:
+        logps = []
+        for side in ("chosen", "rejected"):
+            prompt = len(tokens(row["prompt"])["input_ids"])
+            ids = torch.tensor([[*tokens(row["prompt"] + row[side])["input_ids"], 2]])
+            all_logps = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])
+            logps.append(all_logps[prompt - 1 :].mean())
+        found.append(float(logps[0] > logps[1]))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_metrics_are_of_all_pairs_of_the_step(kind: str, tmp_path: Path) -> None:
+    """14 pairs in micro-batches of 4, fetched ahead: the last one's two must not be all that the others count."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+    trainer = make(kind, tmp_path, pairs(14), **options)
+    trainer.train()
+    found = trainer.state.log_history[0]["rewards/accuracies"]
+    if kind == OWN:
+        assert found == pytest.approx(accuracy(pairs(14)))
+    else:  # TRL's is a mean of batch means, each of what it held
+        assert 0.0 <= found <= 1.0
+
+
+def _process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "29543"
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+    trainer = make(OWN, folder, pairs(14), **options)
+    seen = watch(trainer)
+    trainer.train()
+    torch.save((seen, trainer.state.log_history[0]), folder / f"{rank}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def test_metrics_of_two_processes(tmp_path: Path) -> None:
+    mp.spawn(_process, (tmp_path,), nprocs=2)
+    (first, logs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    trained = [pairs(14)[name] for name in first + second]
+    assert {*first, *second} == set(range(14))
+    assert logs["rewards/accuracies"] == pytest.approx(accuracy(trained))
+
+
+GLOBAL = {"loss_normalization": "global", "train_sampling_strategy": "sequential", "learning_rate": 0.5, "optim": "sgd"}
+
+
+def _global(rank: int, folder: Path, accumulation: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "29544"
+    options = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make(OWN, folder, pairs(12), **GLOBAL, **options)
+    trainer.train()
+    if rank == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        torch.save(dict(model.named_parameters()), folder / f"{accumulation}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_global_normalization_is_that_of_one_process(accumulation: int, tmp_path: Path) -> None:
+    """1 x 4 pairs, and in two processes 2 x 2 and 2 x 2 x 1."""
+    alone = make(OWN, tmp_path, pairs(12), per_device_train_batch_size=4, **GLOBAL)
+    first = {name: parameter.detach().clone() for name, parameter in alone.model.named_parameters()}
+    alone.train()
+    mp.spawn(_global, (tmp_path, accumulation), nprocs=2)
+    found = torch.load(tmp_path / f"{accumulation}.pt")
+    for name, parameter in alone.model.named_parameters():
+        moved = (parameter - first[name]).norm()
+        assert (parameter - found[name]).norm() <= 1e-4 * moved, name
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+@pytest.mark.parametrize("at", [12, 18])
+def test_a_resumed_run_is_the_uninterrupted_one(kind: str, strategy: str, at: int, tmp_path: Path) -> None:
+    options = {"num_train_epochs": 3, "train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": at}
+    whole = make(kind, tmp_path / "whole", pairs(24), **options)
+    seen = watch(whole)
+    whole.train()
+    for epoch in range(3):
+        assert Counter(seen[24 * epoch : 24 * (epoch + 1)]) == Counter(range(24))
+    assert seen[:24] != seen[24:48]
+
+    half = make(kind, tmp_path / "half", pairs(24), **options | {"save_total_limit": 1})
+    half.add_callback(_Stop(at))
+    half.train()
+    torch.rand(7)  # what else has drawn from the global generator must not matter
+    again = make(kind, tmp_path / "half", pairs(24), **options)
+    rest = watch(again)
+    again.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "half")))
+    assert rest == seen[2 * at :]
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def _Stop(at: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step >= at
+
+    return Stop()
+
+
+class Plain:
+    """An iterable that knows nothing of workers."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter(pairs(12))
+
+
+class Sharing(IterableDataset):
+    """A torch stream that gives each worker its share."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        worker = get_worker_info()
+        return iter(pairs(12)[worker.id :: worker.num_workers] if worker else pairs(12))
+
+
+class Torch(IterableDataset):
+    """A torch stream that does not."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter(pairs(12))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stream", [Plain, Sharing, Torch])
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_every_row_of_a_stream_once(kind: str, stream: type, workers: int, tmp_path: Path) -> None:
+    if kind == "trl" and stream is Plain:
+        pytest.skip("TRL's trainer takes no plain iterable")
+    trainer = make(kind, tmp_path, stream(), max_steps=6, dataloader_num_workers=workers)
+    seen = watch(trainer)
+    trainer.train()
+    assert seen == list(range(12))
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_nothing_is_held_where_nothing_is_logged(kind: str, tmp_path: Path) -> None:
+    counts: list[int] = []
+    trainer = make(kind, tmp_path, pairs(40), logging_strategy="no")
+    compute_loss = trainer.compute_loss
+
+    def counted(*args: Any, **more: Any) -> Any:
+        gc.collect()
+        counts.append(sum(isinstance(item, Tensor) for item in gc.get_objects()))
+        return compute_loss(*args, **more)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    assert max(counts[10:]) <= max(counts[4:10])
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_raw_rows_to_evaluate_and_predict(kind: str, tmp_path: Path) -> None:
+    trainer = make(kind, tmp_path, pairs(4))
+    rows: Any = pairs(6)
+    if kind == "trl":
+        datasets = pytest.importorskip("datasets")
+        rows = datasets.Dataset.from_list(rows)
+    metrics = trainer.evaluate(rows)
+    prepared = make(kind, tmp_path, rows).train_dataset
+    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate(prepared)["eval_loss"])
+    if kind == OWN:
+        assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy(pairs(6)))
+    assert trainer.evaluate({"some": rows})["eval_some_loss"] == pytest.approx(metrics["eval_loss"])
+    if kind == OWN:
+        assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(metrics["eval_loss"])
+        with pytest.raises(ValueError, match="test_dataset, row 0: no 'rejected'"):
+            trainer.predict([{"prompt": "w1", "chosen": " w2"}])
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_a_row_beyond_the_table_of_positions(kind: str, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=WORDS + 3, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    rows = [*pairs(1), {"prompt": "w1 " * 9, "chosen": " w2", "rejected": " w3"}]
+    message = r"train_dataset, row 1: 1\d tokens, and the model has a table of 8 positions: use max_length=8 or less"
+    with pytest.raises(ValueError, match=message):
+        make(kind, tmp_path, rows, GPT2LMHeadModel(config), max_length=100)
+    make(kind, tmp_path, rows, GPT2LMHeadModel(config), max_length=8).train()
