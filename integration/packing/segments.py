@@ -44,7 +44,8 @@ class Varlen(NamedTuple):
     max_keys: int
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: torch 2.11 takes a frozen one for a constant, and compiles anew for each batch's numbers.
+@dataclass(eq=False)
 class Segments:
     """The segments of a batch [rows, length], by row and, in a row, from its start on without gaps.
 
