@@ -76,6 +76,7 @@ compatibility: $(BIN)/.test
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/installed && $(BIN)/python setup.py --quiet build_py --build-lib build/installed 2>/dev/null
 	$(BIN)/mypy
 
 format: $(BIN)/.test

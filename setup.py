@@ -1,5 +1,6 @@
 """Package metadata. `integration/` installs as `orpo_kernels.integration`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,13 +11,15 @@ PEFT = "peft>=0.18"
 DEMO = [TRANSFORMERS, PEFT, "accelerate>=1.1", "gguf>=0.10", "matplotlib>=3.8", "psutil", "tqdm"]
 TRL = ["trl>=1.16,<1.17", PEFT, "accelerate>=1.1", "datasets>=3"]
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "orpo_kernels/__init__.py").read_text(encoding="utf-8"))[1]
 INTEGRATION = [f"orpo_kernels.{name}" for name in ["integration", *find_packages(include=["integration.*"])]]
 
 setup(
     name="orpo_kernels",
-    version="0.1.0",
+    version=VERSION,
     description="Exact ORPO and sequence log-probabilities without materialising the logits (Triton and PyTorch)",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -117,7 +117,7 @@ def _measure(
                 seconds[name][at].append(took)
                 if turn == 0:
                     values[name].append(loss)
-    tokens: dict[str, float] = {**tokens_a_step([pair_of(row) for row in rows], size)}
+    tokens: dict[str, float] = dict(tokens_a_step([pair_of(row) for row in rows], size).items())
     tokens["trl"] = tokens["padded"]
     return {
         "pairs": size,

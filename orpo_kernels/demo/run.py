@@ -150,7 +150,7 @@ def build_trainer(
         logging_steps=1,
         report_to=[],
         save_strategy="no",
-        packing=False,  # its batches are compared with full logits
+        packing="False",  # its batches are compared with full logits
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = ORPOTrainer(
@@ -201,7 +201,8 @@ def tune(trainer: ORPOTrainer, pairs: list[dict[str, Any]], settings: Settings, 
 
 def prove(trainer: ORPOTrainer, settings: Settings, stages: Stages) -> dict[str, Any]:
     """The first held-out batch through full logits and without them: loss, gradients, peak memory."""
-    batch = trainer.data_collator(trainer.eval_dataset[: settings.batch_size])
+    rows: Any = trainer.eval_dataset
+    batch: Any = trainer.data_collator(rows[: settings.batch_size])
     batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
     with stages("compare"):
         compared = Comparison.run(trainer, batch)
@@ -254,7 +255,9 @@ def _figures(logged: dict[str, float], prefix: str) -> dict[str, float]:
 @torch.no_grad()
 def answer(trainer: ORPOTrainer, prompt: list[dict[str, str]], tokens: int) -> str:
     """The model's greedy answer to chat messages: at most `tokens` tokens, "..." where they did not suffice."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    model: Any = trainer.model.eval()
+    tokenizer: Any = trainer.processing_class
+    collator: Any = trainer.data_collator
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
@@ -264,7 +267,7 @@ def answer(trainer: ORPOTrainer, prompt: list[dict[str, str]], tokens: int) -> s
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
         do_sample=False,
-        pad_token_id=trainer.data_collator.padding_value,
+        pad_token_id=collator.padding_value,
     )[0, asked:]
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return text if len(ids) < tokens else f"{text} ..."
