@@ -73,6 +73,7 @@ def logps_forward(
         targets.numel(),
         train_hidden=needs.hidden,
         train_weight=needs.head,
+        in_place=rows is None and hidden.dtype == options.compute_dtype,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         out = backend.forward(Tokens(hidden, rows, targets), forward_head(backend, head), schedule, needs.hidden)
@@ -138,7 +139,14 @@ def head_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
     head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, schedule = choose(options.plan, head, tokens.targets.numel(), train_hidden=needs.hidden, train_weight=True)
+    backend, schedule = choose(
+        options.plan,
+        head,
+        tokens.targets.numel(),
+        train_hidden=needs.hidden,
+        train_weight=True,
+        in_place=tokens.rows is None and tokens.hidden.dtype == options.compute_dtype,
+    )
     with torch.autocast(coefficient.device.type, enabled=False):
         arguments = (tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias)
         if adapter is None:

@@ -156,12 +156,14 @@ class Plan:
         full_rows: bool = False,
         joined: bool = False,
         cast: bool = False,
+        in_place: bool = False,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
         joined: blocks of the weight are copied to join an adapter's columns to them (D counts those too).
         full_rows: tiles span the whole vocabulary (what the Triton kernels write).
         cast: the weight is of another dtype than the compute dtype.
+        in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
@@ -176,7 +178,11 @@ class Plan:
         trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}
 
         if full_rows:
-            cost_forward, cost_whole, cost_backward = _kernel_bytes(hidden_size, v, dtype, train_hidden, cast, cpu)
+            # Kept tiles are multiplied with rows that are made for it.
+            gathers = (not in_place, not in_place or bool(self.keep_logit_grads))
+            cost_forward, cost_whole, cost_backward = _kernel_bytes(
+                hidden_size, v, dtype, train_hidden, cast, cpu, gathers
+            )
             least_block = v
             forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
         else:
@@ -258,15 +264,21 @@ def _torch_bytes(hidden_size: int, dtype: torch.dtype, softcap: bool, joined: bo
 
 
 def _kernel_bytes(
-    hidden_size: int, vocab_size: int, dtype: torch.dtype, train_hidden: bool, cast: bool, cpu: bool
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    train_hidden: bool,
+    cast: bool,
+    cpu: bool,
+    gathers: tuple[bool, bool],
 ) -> tuple[Bytes, Bytes, Bytes]:
     """What tiles of `kernels.triton_path` take: in the forward, in a backward of all tokens at once, and in one of
-    chunks of them."""
+    chunks of them. gathers: whether forward and backward copy the rows of hidden."""
     item, wide = dtype.itemsize, 4
     mixed = item < wide
     narrowest, widest = _TILE_COLUMNS
     # A token's row of hidden as an operand, its tiles' sums, and in the forward its product E W before it becomes u.
-    operand = hidden_size * item + _ROW_BYTES
+    operand, again = (_ROW_BYTES + (hidden_size * item if copies else 0) for copies in gathers)
     ends = (widest - 1) * item + wide * -(-vocab_size // narrowest)
     product = hidden_size * wide if mixed and train_hidden else 0
     forward = Bytes(operand + ends + product, item if train_hidden else 0, 0)
@@ -274,7 +286,7 @@ def _kernel_bytes(
     # cast. The same of the bias.
     entry = 4 * wide + (hidden_size * item if cast else 0)
     rounded = not mixed if cast else mixed and cpu
-    tile = (operand + (widest - 1) * item, item)
+    tile = (again + (widest - 1) * item, item)
     return (
         forward,
         Bytes(*tile, entry + hidden_size * wide * rounded),

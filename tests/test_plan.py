@@ -292,6 +292,19 @@ def test_the_kernels_schedule_of_popular_heads(model: str, tokens: int) -> None:
     assert sum(math.ceil(count / 132) for count in tiles) <= 1.1 * whole
 
 
+@pytest.mark.parametrize("tokens", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("model", HEADS_OF_MODELS)
+def test_the_backward_moves_little_more_than_it_must(model: str, tokens: int) -> None:
+    """Where the rows of hidden are read in place: operands, the tile and the gradient once each, and 30 %."""
+    d, v = HEADS_OF_MODELS[model]
+    schedule = Plan().schedule(tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_rows=True, in_place=True)
+    assert schedule.backward_chunk == tokens
+    assert schedule.scratch_bytes <= 384 * MIB
+    hidden, weight, tile = 2 * tokens * d, 2 * v * d, 2 * tokens * v
+    # u is read for the gradient of hidden; hidden for the logits and for the gradient of the weight.
+    assert schedule.moved_backward <= 1.3 * (2 * hidden + 2 * hidden + 2 * weight + 2 * tile)
+
+
 def test_many_tokens_are_cut_where_they_must_be() -> None:
     schedule = Plan().schedule(100_000, 4096, 128256, torch.bfloat16, "cuda", train_weight=True, full_rows=True)
     assert 4096 <= schedule.backward_chunk < 100_000

@@ -16,9 +16,9 @@ from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
 def choose(
-    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool
+    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool, in_place: bool = False
 ) -> tuple[ModuleType, Schedule]:
-    """The backend's module and the loop sizes."""
+    """The backend's module and the loop sizes. in_place: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_rows: bool) -> Schedule:
@@ -34,6 +34,7 @@ def choose(
             full_rows=full_rows,
             joined=head.adapter is not None,
             cast=head.weight.dtype != head.compute_dtype,
+            in_place=in_place,
         )
 
     if why_not_triton(head) is None:

@@ -57,3 +57,26 @@ def test_forward_stays_within_the_budget(
         out = triton_path.forward(Tokens(hidden, rows, targets), head, schedule, True)
     assert watched.scratch() <= schedule.scratch_bytes <= Plan(scratch).budget("meta")
     assert out.u is not None
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("sizes", [SMALL_D, (1000, 576, 50257), (2048, 2048, 32000)], ids=str)
+def test_rows_that_are_read_in_place_take_no_scratch(sizes: tuple[int, int, int], keep: bool, no_card: None) -> None:
+    tokens, d, v = sizes
+    schedule = Plan(24 * MIB, keep_logit_grads=keep).schedule(
+        *sizes, torch.bfloat16, "meta", full_rows=True, train_weight=True, in_place=True
+    )
+    hidden, weight = (torch.zeros(n, d, dtype=torch.bfloat16, device="meta") for n in (tokens, v))
+    targets = torch.zeros(tokens, dtype=torch.int64, device="meta")
+    coefficient = torch.zeros(tokens, device="meta")
+    head = Head(weight, None, 1.0, None, torch.bfloat16)
+    tokens_of = Tokens(hidden, None, targets)
+    with Allocations(hidden, weight, targets, coefficient) as watched:
+        out = triton_path.forward(tokens_of, head, schedule, True)
+    kept = sum(part.numel() * part.element_size() for part in out.kept.values) if out.kept is not None else 0
+    assert watched.scratch() <= schedule.scratch_bytes + kept
+    watching = [hidden, weight, targets, coefficient, out.lse, *(out.kept.values if out.kept is not None else ())]
+    with Allocations(*watching) as watched:
+        results = triton_path.weight_gradient(tokens_of, head, coefficient, out.lse, out.kept, schedule, True, False)
+    assert watched.scratch() <= schedule.scratch_bytes
+    assert results[0] is not None
