@@ -67,7 +67,8 @@ class ModelLogps:
         targets: [B, T] int64 aligned with the hidden states (`shift_labels`), `ignore_index` where not scored.
         model: the wrapped model to call; by default the one attached.
         rows: int64, shaped like targets: the flattened hidden row that predicts each; targets may then have any
-            shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`).
+            shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`, to
+            which PEFT's prompt tuning adds positions that `rows` does not count).
         mean_logits_over: [B, T] bool, or S int64 tensors of flattened hidden rows, one a sequence: put each
             sequence's mean logit over these positions into `outputs["mean_logits"]` [B] or [S]; no logits needed
             (left out for a soft-capped head, which has no such form).
@@ -90,13 +91,13 @@ class ModelLogps:
                 "adapter_names was passed: a batch cannot mix the head's adapters; choose with set_adapter instead"
             )
         virtual = virtual_tokens(self.model)
-        if virtual and rows is not None:
-            raise ValueError(
-                f"rows was given, and PEFT's prompt tuning puts {virtual} positions of its own before every row: "
-                "score padded rows"
-            )
-        if virtual:
+        if virtual and rows is None:
             targets, mean_logits_over = _behind(virtual, targets, mean_logits_over, ignore_index)
+        elif virtual and rows is not None and hidden_shape is None:
+            *rest, length = _input_shape(inputs)
+            hidden_shape = torch.Size((*rest, virtual + length))
+            mean_logits_over = _over_behind(virtual, length, mean_logits_over)
+            rows = _places_behind(virtual, length, rows)
         if hidden_shape is None:
             hidden_shape = targets.shape if rows is None else _input_shape(inputs)
         if rows is None and targets.shape != hidden_shape:
@@ -120,7 +121,8 @@ class ModelLogps:
             )
         if request.mean_logits is not None:
             outputs["mean_logits"] = request.mean_logits
-        return join(request.logps, logits)[..., virtual:], outputs
+        logps = join(request.logps, logits)
+        return logps[..., virtual:] if rows is None else logps, outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""
@@ -181,11 +183,23 @@ def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
 
 
 def _behind(virtual: int, targets: Tensor, over: Any, ignore_index: int) -> tuple[Tensor, Any]:
-    """Targets [B, virtual + T] and the mask of mean logits, behind positions that are not scored."""
+    """Targets [B, virtual + T] and the places of mean logits, behind positions that are not scored."""
     before = targets.new_full((*targets.shape[:-1], virtual), ignore_index)
+    return torch.cat([before, targets], -1), _over_behind(virtual, targets.shape[-1], over)
+
+
+def _over_behind(virtual: int, length: int, over: Any) -> Any:
+    """`mean_logits_over` of rows of `length` tokens, for the same rows behind `virtual` positions."""
+    if over is None:
+        return None
     if isinstance(over, Tensor):
-        over = torch.cat([torch.zeros_like(over[..., :1]).expand(*over.shape[:-1], virtual), over], -1)
-    return torch.cat([before, targets], -1), over
+        return torch.cat([over.new_zeros(*over.shape[:-1], virtual), over], -1)
+    return tuple(_places_behind(virtual, length, places) for places in over)
+
+
+def _places_behind(virtual: int, length: int, places: Tensor) -> Tensor:
+    """Places in flattened rows of `length` tokens as places in the same rows behind `virtual` positions."""
+    return places + virtual * (1 + places // length)
 
 
 def _input_shape(inputs: dict[str, Any]) -> torch.Size:

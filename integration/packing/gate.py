@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..head.lora import virtual_tokens
 from ..lm_head import ModelLogps
 from .attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
 from .layout import Layout, Name
@@ -148,6 +149,9 @@ def refusal(model: nn.Module) -> str | None:
             return "it convolves over tokens"
         if getattr(config, "output_router_logits", False):
             return "its router's loss counts tokens, which each layout has another number of"
+        virtual = virtual_tokens(model)
+        if virtual:
+            return f"PEFT's prompt tuning puts {virtual} positions of its own before every row"
         if any(_drops(module) for module in inner.modules()):
             return "dropout is on: it would fall otherwise on a prompt that is there once"
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import OWN, WORDS, make, pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_kernels.integration.lm_head import attach
@@ -21,7 +23,7 @@ TIED = {"tie_word_embeddings": True}
 def llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **options))
+    return LlamaForCausalLM(LlamaConfig(**sizes | options, num_attention_heads=4, num_key_value_heads=2))
 
 
 def full_logits(model: nn.Module) -> Tensor:
@@ -69,7 +71,38 @@ def test_single_tokens_of_the_head_are_refused_with_a_way_out(indices: Any, opti
         attach(model)
 
 
-def test_rows_are_refused_behind_positions_of_its_own() -> None:
+@pytest.mark.parametrize("kind", ["mask", "places"])
+def test_rows_behind_positions_of_its_own(kind: str) -> None:
     model = peft.get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="prompt tuning puts 5 positions of its own before every row"):
-        attach(model).logps(IDS.flatten(), rows=torch.arange(27), input_ids=IDS)
+    length = IDS.shape[1]
+    kept = torch.ones_like(IDS, dtype=torch.bool)
+    over: Any = kept if kind == "mask" else torch.arange(IDS.numel()).split(length)
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    targets = shift_labels(IDS)
+    at = torch.randperm(IDS.numel())
+    logps, outputs = attach(model).logps(targets.flatten()[at], rows=at, mean_logits_over=over, **inputs)
+    whole = torch.zeros(IDS.numel()).index_put((at,), logps.detach()).view_as(IDS)
+    torch.testing.assert_close(whole[:, :-1].double(), full_logits(model).detach(), rtol=1e-5, atol=1e-5)
+    means = model(**inputs).logits[:, -length:].mean((1, 2))
+    torch.testing.assert_close(outputs["mean_logits"], means, rtol=1e-4, atol=1e-5)
+
+
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("packing", ["auto", "True"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_our_trainer_trains_prompts(name: str, packing: str, tmp_path: Path) -> None:
+    """Its first step's loss is that of padded rows."""
+
+    def first(packing: str) -> float:
+        model = peft.get_peft_model(llama(vocab_size=WORDS + 3), PROMPTS[name]())
+        trainer = make(OWN, tmp_path, pairs(8), model, packing=packing, max_steps=1, per_device_train_batch_size=8)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    assert first(packing) == pytest.approx(first("False"), rel=1e-5)
