@@ -49,7 +49,7 @@ from .metrics import flat_counts, flat_pair_rows, pair_metrics, pair_rows
 from .packing.gate import LayoutGate, model_inputs
 from .packing.kernels import flash_is_installed
 from .packing.layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
-from .training.arguments import numbers_from_text
+from .training.arguments import numbers_from_text, refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
@@ -129,10 +129,7 @@ class ORPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         numbers_from_text(self)
         super().__post_init__()
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor}: ORPO's loss has no label smoothing, leave it 0"
-            )
+        refuse_label_smoothing(self)
         if self.loss_normalization not in ("batch", "global"):
             raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
         check_max_length(self.max_length)
@@ -178,6 +175,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
 
     args: ORPOConfig
     model: Any
+    _made: nn.Module | None = None
 
     def __init__(
         self,
@@ -209,10 +207,14 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         elif peft_config is not None:
             raise ValueError("peft_config was given with model_init: wrap the model inside model_init instead")
         refuse_splits(train_dataset, "train_dataset")
-        if model is not None:
-            Limits.of(model).check_tokenizer(processing_class)
         # Asked for before Trainer's own constructor has set them.
         self.args, self.model, self.processing_class = args, model, processing_class
+        if model is None and model_init is not None:
+            self.model_init = model_init
+            set_seed(args.seed)
+            self.model = self._made = self.call_model_init()
+        if self.model is not None:
+            Limits.of(self.model).check_tokenizer(processing_class)
         train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
         eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
         tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
@@ -241,6 +243,11 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         self.label_names = ["targets"]
         if tokens:
             announce(f"training data: {self.data_summary}\n{self._layout_told(tokens)}", args)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A model from `model_init`, prepared as a given one is; the first is there since the rows were checked."""
+        made, self._made = self._made, None
+        return _prepare_model(super().call_model_init(trial), self.args, None) if made is None else made
 
     def _tokens_a_batch(self, rows: Any) -> dict[Name, float]:
         """Tokens that the model computes for a batch of the training rows, by layout; of some rows, in about the order

@@ -75,6 +75,7 @@ from .lm_head import ModelLogps, attach
 from .metrics import pair_metrics, pair_rows
 from .packing.gate import LayoutGate, model_inputs, moved
 from .packing.layout import asked_for, pack_pairs, sides
+from .training.arguments import refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
@@ -96,6 +97,7 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -117,6 +119,8 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         self._logps: ModelLogps | None = None
         self._gate: LayoutGate | None = None
         self._eval_rows: list[Tensor] = []
+        if args is not None:
+            refuse_label_smoothing(args)
         refuse_splits(train_dataset, "train_dataset")
         tokenizer = options.get("processing_class", more[0] if more else None)
         if args is not None and args.accelerator_config.dispatch_batches is None:
@@ -134,12 +138,12 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         if self.args.disable_dropout:  # TRL has switched off what is a module of its own
             disable_dropout(self.model)
         self.data_summary: DataSummary | None = None
+        if not self.is_encoder_decoder:
+            Limits.of(self.model).check_tokenizer(self.processing_class)
+        self.train_dataset = self._checked("train_dataset", self.train_dataset)
+        self.eval_dataset = self._checked("eval_dataset", self.eval_dataset)
         if isinstance(self.train_dataset, datasets.Dataset) and not self.is_encoder_decoder:
             rows = self.train_dataset.select_columns(list(TOKENIZED_COLUMNS))
-            limits = Limits.of(self.model)
-            limits.check_tokenizer(self.processing_class)
-            for index, length in enumerate(rows["length"]):
-                limits.check_length(length, f"train_dataset, row {index}")
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
@@ -152,7 +156,20 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
             return rows
         mappable = _mappable(name, rows, self.processing_class)
-        return mappable.map(maybe_extract_prompt).map(self.tokenize_row)
+        return self._checked(name, mappable.map(maybe_extract_prompt).map(self.tokenize_row))
+
+    def _checked(self, name: str, rows: Any) -> Any:
+        """The tokenised rows; ValueError that names one which the model cannot take, of a stream when it is read."""
+        if rows is None or self.is_encoder_decoder:
+            return rows
+        if isinstance(rows, Mapping):
+            return _Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
+        limits = Limits.of(self.model)
+        if isinstance(rows, _Stream):
+            return rows.map(_check, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
+        for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
+            limits.check(row, f"{name}, row {index}")
+        return rows
 
     def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
         first = self.args.logging_first_step and self.state.global_step == 0
@@ -334,6 +351,11 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
             return parts
         aux_loss = getattr(outputs, "aux_loss", None)
         return (*parts, sums.new_zeros(()) if aux_loss is None else aux_loss.to(sums.device))
+
+
+def _check(row: Mapping[str, Any], limits: Limits, where: str) -> dict[str, Any]:
+    limits.check(row, where)
+    return {}
 
 
 def _has_scored_token(row: Mapping[str, Any]) -> bool:

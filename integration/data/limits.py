@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..head.lora import virtual_tokens
 from ..head.patch import find_head, head_rows
 
 # As transformers' families call them.
@@ -14,11 +15,15 @@ _TABLES = {"wpe", "embed_positions", "position_embeddings", "position_embedding"
 
 
 class Limits(NamedTuple):
-    """positions: the most tokens of a row. embeddings, head: the rows of the two tables. None where there is no end."""
+    """positions, embeddings, head: the rows of the tables; None where there is no end.
+
+    virtual: positions of the table that PEFT's prompts take.
+    """
 
     positions: int | None = None
     embeddings: int | None = None
     head: int | None = None
+    virtual: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> Limits:
@@ -27,7 +32,8 @@ class Limits(NamedTuple):
             head = head_rows(find_head(model))
         except ValueError:  # whoever attaches to it says why
             head = None
-        return cls(max_positions(model), getattr(embeddings, "num_embeddings", None), head)
+        rows = getattr(embeddings, "num_embeddings", None)
+        return cls(max_positions(model), rows, head, virtual_tokens(model, cached=True))
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """ValueError for a tokenizer with ids that the embeddings lack."""
@@ -53,10 +59,12 @@ class Limits(NamedTuple):
                 )
 
     def check_length(self, length: int, where: str) -> None:
-        if self.positions is not None and length > self.positions:
+        most = None if self.positions is None else self.positions - self.virtual
+        if most is not None and length > most:
+            taken = f", {self.virtual} of them for PEFT's virtual tokens" if self.virtual else ""
             raise ValueError(
-                f"{where}: {length} tokens, and the model has a table of {self.positions} positions: "
-                f"use max_length={self.positions} or less"
+                f"{where}: {length} tokens, and the model has a table of {self.positions} positions{taken}: "
+                f"use max_length={most} or less"
             )
 
 

@@ -42,8 +42,11 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    """How many positions PEFT's prompt tuning or p-tuning puts before every row; 0 without them."""
+def virtual_tokens(model: nn.Module, *, cached: bool = False) -> int:
+    """How many positions PEFT's prompt tuning or p-tuning puts before every row; 0 without them.
+
+    cached: count those too that prefix tuning puts into the cache, where no row grows by them.
+    """
     if "peft" not in sys.modules:
         return 0
     from peft import PeftModel, PeftType
@@ -53,9 +56,10 @@ def virtual_tokens(model: nn.Module) -> int:
         return 0
     if getattr(wrapper, "_adapters_disabled", False):
         return 0
-    before = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
+    counted = {PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING}
+    counted |= {PeftType.PREFIX_TUNING} if cached else set()
     config: Any = wrapper.active_peft_config
-    return config.num_virtual_tokens if config.peft_type in before else 0
+    return config.num_virtual_tokens if config.peft_type in counted else 0
 
 
 def layer_inside(layer: Any) -> nn.Module | None:

@@ -11,6 +11,15 @@ import typing
 from typing import Any
 
 
+def refuse_label_smoothing(arguments: Any) -> None:
+    """ValueError for `TrainingArguments.label_smoothing_factor`, which nothing here would look at."""
+    if arguments.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={arguments.label_smoothing_factor}: the loss is one of pairs, which it does not "
+            "smooth: leave it 0"
+        )
+
+
 def numbers_from_text(arguments: Any) -> None:
     """Turn strings in fields of int or float into numbers; ValueError that names the field where they are none."""
     hints = typing.get_type_hints(type(arguments))

@@ -243,6 +243,30 @@ def test_model_init(tmp_path, tokenizer, model):
     assert losses(trainer)
 
 
+def test_a_model_of_model_init_is_prepared_as_a_given_one(tmp_path, tokenizer, model):
+    """No dropout, in the one that trains too, and no row beyond its tables."""
+    made = []
+
+    def init() -> nn.Module:
+        made.append(copy.deepcopy(model))
+        for layer in made[-1].model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return made[-1]
+
+    def trainer(rows: list[dict[str, str]]) -> ORPOTrainer:
+        options = config(tmp_path, max_steps=1)
+        return ORPOTrainer(None, options, train_dataset=rows, processing_class=tokenizer, model_init=init)
+
+    trainer(PAIRS).train()
+    assert len(made) == 2  # as transformers makes them: with the trainer, and when it trains
+    assert {layer.self_attn.attention_dropout for one in made for layer in one.model.layers} == {0.0}
+    small = len(tokenizer) - 1
+    model.lm_head = nn.Linear(32, small, bias=False)
+    last = tokenizer.convert_ids_to_tokens(small)
+    with pytest.raises(ValueError, match=rf"train_dataset, row 0: token id {small}, which the head does not score"):
+        trainer([{"prompt": "a sky", "chosen": f" {last}", "rejected": " it"}])
+
+
 def test_a_model_that_may_not_train_its_head_costs_no_head_gradient(tmp_path, tokenizer, model):
     model.lm_head.requires_grad_(False)
     trainer = ORPOTrainer(model, config(tmp_path, max_steps=1), train_dataset=PAIRS, processing_class=tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from trainers import make, pairs
 
 from orpo_kernels.commands.train import checkpoint_of, parse
 from orpo_kernels.integration.transformers import ORPOConfig
@@ -50,8 +51,16 @@ def test_what_is_no_number_is_named(line: str, message: str, tmp_path: Path) -> 
 
 
 def test_label_smoothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: ORPO's loss has no label smoothing"):
+    with pytest.raises(
+        ValueError, match=r"label_smoothing_factor=0\.1: the loss is one of pairs, which it does not smooth"
+    ):
         ORPOConfig(str(tmp_path), label_smoothing_factor=0.1)
+
+
+def test_label_smoothing_is_refused_by_the_drop_in(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: the loss is one of pairs"):
+        make("trl", tmp_path, pairs(2), label_smoothing_factor=0.1)
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,45 @@ def test_a_row_beyond_the_table_of_positions(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make(kind, tmp_path, rows, GPT2LMHeadModel(config), max_length=100)
     make(kind, tmp_path, rows, GPT2LMHeadModel(config), max_length=8).train()
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+def test_such_a_row_to_evaluate_or_in_a_stream(kind: str, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=WORDS + 3, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    rows: Any = [*pairs(1), {"prompt": "w1 " * 9, "chosen": " w2", "rejected": " w3"}]
+    trainer = make(kind, tmp_path, pairs(2), GPT2LMHeadModel(config), max_length=100)
+    if kind == "trl":
+        rows = pytest.importorskip("datasets").Dataset.from_list(rows)
+    message = r"row 1: 1\d tokens, and the model has a table of 8 positions: use max_length=8 or less"
+    with pytest.raises(ValueError, match=f"eval_dataset, {message}"):
+        trainer.evaluate(rows)
+    with pytest.raises(ValueError, match=rf"eval_dataset\['b'\], {message}"):
+        trainer.evaluate({"b": rows})
+    with pytest.raises(ValueError, match=f"test_dataset, {message}"):
+        trainer.predict(rows)
+    trainer = make(kind, tmp_path, Long(), GPT2LMHeadModel(config), max_length=100, max_steps=1)
+    with pytest.raises(ValueError, match=r"row .*: 1\d tokens, and the model has a table of 8 positions"):
+        trainer.train()
+
+
+class Long(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter([*pairs(1), {"prompt": "w1 " * 9, "chosen": " w2", "rejected": " w3"}])
+
+
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_take_positions_of_the_table(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    rows = [{"prompt": "w1 w1", "chosen": " w2 w2", "rejected": " w3"}]
+
+    def trainer(positions: int) -> Any:
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=WORDS + 3, n_embd=16, n_layer=1, n_head=2, n_positions=positions)
+        prompt = getattr(peft, name)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+        return make(OWN, tmp_path, rows, peft.get_peft_model(GPT2LMHeadModel(config), prompt))
+
+    length = max(row["length"] for row in trainer(64).train_dataset)
+    message = rf"{length} tokens, .* {length + 4} positions, 5 of them for PEFT's virtual tokens: use max_length"
+    with pytest.raises(ValueError, match=f"{message}={length - 1} or less"):
+        trainer(length + 4)
+    trainer(length + 5).train()
