@@ -1,6 +1,6 @@
 """Tune a chat model with ORPO, load it again, and compare what it says before and after.
 
-python examples/chat.py [MODEL] [--steps 4] [--question "..."]
+python examples/chat.py [MODEL] [--steps 2] [--question "..."]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--question", default="What is the capital of France?")
     parser.add_argument("--output-dir", default="example_output")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Our trainer, which needs transformers alone (PEFT for LoRA): a frozen head, batches without padding.
 
-python examples/lora_and_packing.py [MODEL] [--steps 3]
+python examples/lora_and_packing.py [MODEL] [--steps 2]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output-dir", default="example_output")
     args = parser.parse_args()
 
@@ -29,7 +29,7 @@ def main() -> None:
     config = ORPOConfig(
         args.output_dir,
         max_steps=args.steps,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         max_length=512,
         learning_rate=1e-4,
         logging_steps=1,

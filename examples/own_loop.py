@@ -1,6 +1,6 @@
 """ORPO in a loop of your own: the model is asked for log-probabilities instead of logits.
 
-python examples/own_loop.py [MODEL] [--steps 3]
+python examples/own_loop.py [MODEL] [--steps 2]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
 
     folder, gguf_file = locate_model(args.model)

@@ -1,6 +1,6 @@
 """TRL's ORPOTrainer without the logits: one import is another.
 
-python examples/with_trl.py [MODEL] [--steps 3]
+python examples/with_trl.py [MODEL] [--steps 2]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orpo_kernels.integration.trl import ORPOTrainer  # instead of trl.experimen
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output-dir", default="example_output")
     args = parser.parse_args()
 
