@@ -20,6 +20,7 @@ A unit is 2*N*D*V floating-point operations, one pass of the big product:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -173,8 +174,7 @@ class Plan:
         # Numbers of every token: gap, logsumexp and, for the kernels, what belongs to its target; or coefficients on
         # their way from logps to logits.
         numbers = (6 if full_rows else 4) * wide * tokens
-        for_tiles = budget - numbers
-        sizes = (tokens, hidden_size, v, item)
+        for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
         trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}
 
         if full_rows:
@@ -183,55 +183,37 @@ class Plan:
             cost_forward, cost_whole, cost_backward = _kernel_bytes(
                 hidden_size, v, dtype, train_hidden, cast, cpu, gathers
             )
-            least_block = v
             forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
         else:
             cost_forward, cost_backward = _torch_bytes(hidden_size, dtype, softcap, joined, cpu)
-            cost_whole, least_block = cost_backward, 1
-            block, some = min(_CPU_BLOCK if cpu else _GPU_BLOCK, v), max(tokens, 1)
-            forward = largest(for_tiles, cost_forward, some, block, _CPU_CHUNK if cpu else None)
+            cost_whole, block = cost_backward, min(_CPU_BLOCK if cpu else _GPU_BLOCK, v)
+            forward = largest(for_tiles, cost_forward, max(tokens, 1), block, _CPU_CHUNK if cpu else None)
 
         keep_rows = row_kept = 0
         if train_weight and self.keep_logit_grads and forward is not None:
-            columns = -(-v // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else v
-            row_kept = columns * item + (-(-v // forward[1])) * wide
+            row_kept = _kept_bytes(v, forward[1], item, wide, full_rows)
             keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
 
         backward: tuple[int, int] | None = (0, 0)
         if train_weight and full_rows:
-
-            def moved(chunk: int, block: int) -> int:
-                return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
-
+            moved = partial(_moved_backward, sizes, trains)
             if 0 < keep_rows < tokens:  # two products, whatever the chunk
                 cost_whole = cost_backward
             backward = whole_tokens(for_tiles, cost_whole, cost_backward, max(tokens, 1), v, moved)
         elif train_weight:
-            backward = largest(for_tiles, cost_backward, some, block)
+            backward = largest(for_tiles, cost_backward, max(tokens, 1), block)
         if forward is None or backward is None:
-            least = numbers + max(cost_forward.of(1, least_block), cost_backward.of(1, 1) if train_weight else 0)
-            if cpu:
-                least += min(_CPU_LIBRARY, -(-least // 2))
-            raise ScratchTooSmall(
-                f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for N={tokens}, D={hidden_size}, "
-                f"V={vocab_size}, {dtype}: give at least {least} bytes"
-            )
+            least = max(cost_forward.of(1, v if full_rows else 1), cost_backward.of(1, 1) if train_weight else 0)
+            raise self._too_small(numbers + least, device, f"N={tokens}, D={hidden_size}, V={vocab_size}, {dtype}")
         for_backward = (cost_whole if backward[0] >= tokens else cost_backward).of(*backward)
         kept_share = keep_rows / tokens if tokens else 0.0
-        saved = 0
-        if train_hidden or train_weight:
-            saved += tokens * (2 * wide + 8)  # 1 - p, log-prob, row
-        if train_hidden:
-            saved += tokens * hidden_size * (wide if cpu else item)  # u
-        if train_weight:
-            saved += tokens * (wide + 8)  # logsumexp, target
-            saved += keep_rows * row_kept
+        row_saved = _saved_bytes(hidden_size, wide, wide if cpu else item, train_hidden, train_weight)
         return Schedule(
             *forward,
             *backward,
             keep_rows,
             library + numbers + max(cost_forward.of(*forward), for_backward),
-            saved,
+            tokens * row_saved + keep_rows * row_kept,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
             "triton" if full_rows else "torch",
@@ -240,6 +222,30 @@ class Plan:
             ),
             v * hidden_size * item if full_rows and cast else 0,
         )
+
+    def _too_small(self, least: int, device: torch.device, sizes: str) -> ScratchTooSmall:
+        """least: bytes that tiles of one token need, without a library's buffers."""
+        if device.type == "cpu":
+            least += min(_CPU_LIBRARY, -(-least // 2))
+        return ScratchTooSmall(
+            f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for {sizes}: give at least {least} bytes"
+        )
+
+
+def _moved_backward(sizes: tuple[int, int, int, int], trains: dict[str, bool], chunk: int, block: int) -> int:
+    return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
+
+
+def _kept_bytes(vocab_size: int, block: int, item: int, wide: int, full_rows: bool) -> int:
+    """What a kept token's logit gradients take, and their references."""
+    columns = -(-vocab_size // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else vocab_size
+    return columns * item + -(-vocab_size // block) * wide
+
+
+def _saved_bytes(hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool) -> int:
+    """What autograd holds of a token, kept logit gradients aside. of_u: bytes of a number of u."""
+    row = 2 * wide + 8 if train_hidden or train_weight else 0  # 1 - p, log-prob, row
+    return row + (hidden_size * of_u if train_hidden else 0) + (wide + 8 if train_weight else 0)  # logsumexp, target
 
 
 def _torch_bytes(hidden_size: int, dtype: torch.dtype, softcap: bool, joined: bool, cpu: bool) -> tuple[Bytes, Bytes]:

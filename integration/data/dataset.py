@@ -181,18 +181,12 @@ def prepare_dataset(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: use at least 1")
     if isinstance(dataset, Mapping):
-        parts, summaries = {}, {}
-        for key, part in dataset.items():
-            parts[key], summaries[key] = prepare_dataset(
-                part,
-                tokenizer,
-                max_length,
-                dataset_num_proc=dataset_num_proc,
-                batch_size=batch_size,
-                name=f"{name}[{key!r}]",
-                limits=limits,
-            )
-        return parts, summaries
+        options: dict[str, Any] = {"dataset_num_proc": dataset_num_proc, "batch_size": batch_size, "limits": limits}
+        found = {
+            key: prepare_dataset(part, tokenizer, max_length, name=f"{name}[{key!r}]", **options)
+            for key, part in dataset.items()
+        }
+        return {key: rows for key, (rows, _) in found.items()}, {key: summary for key, (_, summary) in found.items()}
 
     check_rows(dataset, name)
     tokenize = partial(_tokenize_indexed, tokenizer=tokenizer, max_length=max_length, name=name, limits=limits)
@@ -210,17 +204,13 @@ def prepare_dataset(
             num_proc=dataset_num_proc,
             desc="Tokenizing preference pairs",
         )
-        summary = DataSummary.from_rows(rows, max_length, batch_size)
-        if summary.dropped:
-            rows = rows.filter(_usable)
     elif isinstance(dataset, torch.utils.data.IterableDataset) or not _indexable(dataset, name):
         return _LazyPairs(dataset, tokenize), None
     else:
         rows = _tokenized(dataset, tokenize, dataset_num_proc)
-        summary = DataSummary.from_rows(rows, max_length, batch_size)
-        if summary.dropped:
-            rows = list(filter(_usable, rows))
+    summary = DataSummary.from_rows(rows, max_length, batch_size)
     if summary.dropped:
+        rows = list(filter(_usable, rows)) if isinstance(rows, list) else rows.filter(_usable)
         warnings.warn(_left_out(f"{summary.dropped} of {summary.dropped + summary.pairs} rows"), stacklevel=2)
     return rows, summary
 

@@ -46,13 +46,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
     u_dtype = wide if device.type == "cpu" else head.compute_dtype
     u = torch.empty(n, d, dtype=u_dtype, device=device) if want_u else None
     block = schedule.forward_block
-    kept = None
-    if schedule.keep_rows:
-        kept = Kept(
-            _parts(schedule.keep_rows, v, block, head.compute_dtype, device),
-            torch.empty(schedule.keep_rows, -(-v // block), dtype=wide, device=device),
-            block,
-        )
+    kept = _empty_kept(schedule.keep_rows, head, block) if schedule.keep_rows else None
 
     for chunk in chunks_of(n, schedule.forward_chunk, schedule.keep_rows):
         h = math.hidden_rows(tokens, chunk)
@@ -129,8 +123,7 @@ def weight_gradient(
     want_bias: bool,
     want_adapter: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the weight [V, D], the bias [V] and, for a head that has one, the adapter [V, r], in their own
-    dtypes.
+    """Gradients of the weight [V, D], the bias [V] and, of a head with an adapter, that [V, r], in their own dtypes.
 
     coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
     times 1 - p(target).
@@ -159,65 +152,40 @@ def weight_gradient(
     block = schedule.backward_block if kept is None else min(schedule.backward_block, kept.columns)
     chunk_size = max(schedule.backward_chunk, 1)
     tile = math.tile_buffer(min(chunk_size, n), min(block, v))
-    slope_y = None
-    if keep_rows and head.softcap is not None:
-        parts = chunks_of(keep_rows, max(1, chunk_size // 4))
-        slope_y = torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
+    slope_y = None if head.softcap is None else _slopes_of_kept(math, tokens, keep_rows, max(1, chunk_size // 4))
 
-    total_buffer = None
-    if not in_place and (d_weight is not None or d_adapter is not None):
-        total_buffer = torch.empty(min(block, v), trained.stop - trained.start, dtype=wide, device=device)
-
+    wide_columns = 0 if in_place else trained.stop - trained.start
+    total_buffer = torch.empty(min(block, v), wide_columns, dtype=wide, device=device) if wide_columns else None
     chunks = list(chunks_of(n, chunk_size, keep_rows))
     # Rows that serve every block are gathered once.
     whole = math.hidden_rows(tokens, chunks[0]) if len(chunks) == 1 else None
 
     for columns in _blocks(v, block, kept.columns if kept is not None else v):
         width = columns.stop - columns.start
-        w = total = None
-        if in_place and d_weight is not None:
-            total = d_weight[columns].zero_()
-        elif total_buffer is not None:
-            total = total_buffer[:width].zero_()
+        place = d_weight[columns] if in_place and d_weight is not None else total_buffer
+        total = None if place is None else place[:width].zero_()
         total_bias = torch.zeros(width, dtype=wide, device=device) if d_bias is not None else None
+        w = math.weight_rows(columns) if keep_rows < n else None
         for chunk in chunks:
             h = math.hidden_rows(tokens, chunk) if whole is None else whole
-            y, c_s = tokens.targets[chunk], coefficient[chunk]
-            at, inside = _target_columns(y, columns)
+            target = _target_columns(tokens.targets[chunk], columns)
             if kept is not None and chunk.start < keep_rows:
-                group = columns.start // kept.columns
-                q = math.tile(tile, y.numel(), width).copy_(kept.at(chunk, columns))
-                q.mul_(torch.exp(kept.reference[chunk, group] - _finite(lse[chunk]))[:, None])
-                slope_at = torch.ones_like(c_s) if slope_y is None else slope_y[chunk]
+                slope_at = torch.ones_like(coefficient[chunk]) if slope_y is None else slope_y[chunk]
+                q = _kept_competitors(math.tile(tile, h.shape[0], width), kept, chunk, columns, lse[chunk])
             else:
-                if w is None:
-                    w = math.weight_rows(columns)
-                q, slope = math.logits(h, w, columns, tile, want_slope=True)
-                q.sub_(_finite(lse[chunk])[:, None]).exp_()
-                if slope is None:
-                    slope_at = torch.ones_like(c_s)
-                else:
-                    slope_at = slope.gather(1, at).squeeze(1)
-                    q.mul_(slope)
-                del slope
-            # The target's own column held exp(z_y - L), without bound; its place takes onehot.
-            q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
-            q.mul_(-c_s[:, None])
+                q, slope_at = _competitors(math, h, w, columns, tile, lse[chunk], target[0])
+            _into_gradient(q, slope_at, coefficient[chunk], *target)
             if total is not None:
                 math.add_product(total, q.t(), h[:, trained])
             if total_bias is not None:
                 total_bias += q.sum(0)
             del h, q
-        if largest is not None:
-            if total_bias is not None:
-                total_bias *= largest
-            if total is not None:
-                total.mul_(largest)
-        if total is not None and not in_place:
-            if d_weight is not None:
-                d_weight[columns] = total[:, :size]
-            if d_adapter is not None:
-                d_adapter[columns] = total[:, size - trained.start :]
+        for sums in (total, total_bias):
+            if largest is not None and sums is not None:
+                sums.mul_(largest)
+        for gradient, part in ((d_weight, slice(0, size)), (d_adapter, slice(size - trained.start, None))):
+            if total is not None and gradient is not None and not in_place:
+                gradient[columns] = total[:, part]
         if d_bias is not None and total_bias is not None:
             d_bias[columns] = total_bias
         if kept is not None:
@@ -329,6 +297,44 @@ class _Products:
         if head.bias is not None:
             x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
         return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
+
+
+def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) -> Tensor | None:
+    """f' at the targets of kept tokens, whose logits are not made again; None where there are none."""
+    parts = list(chunks_of(keep_rows, step))
+    if not parts:
+        return None
+    return torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
+
+
+def _kept_competitors(tile: Tensor, kept: Kept, chunk: slice, columns: slice, lse: Tensor) -> Tensor:
+    """q f' [C, Vb] in `tile`, from what was kept. lse: [C]."""
+    reference = kept.reference[chunk, columns.start // kept.columns]
+    return tile.copy_(kept.at(chunk, columns)).mul_(torch.exp(reference - _finite(lse))[:, None])
+
+
+def _competitors(
+    math: _Products, h: Tensor, w: Tensor | None, columns: slice, tile: Tensor, lse: Tensor, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q f' [C, Vb] in `tile`, from new logits, and f' at the columns `at` [C]; f' without the logit scale."""
+    assert w is not None
+    q, slope = math.logits(h, w, columns, tile, want_slope=True)
+    q.sub_(_finite(lse)[:, None]).exp_()
+    if slope is None:
+        return q, torch.ones_like(lse)
+    return q.mul_(slope), slope.gather(1, at).squeeze(1)
+
+
+def _into_gradient(q: Tensor, slope_at: Tensor, c_s: Tensor, at: Tensor, inside: Tensor) -> None:
+    """c s (onehot - q) f' in the place of q f' [C, Vb], whose target's entry was e^(z_y - L), without bound."""
+    q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
+    q.mul_(-c_s[:, None])
+
+
+def _empty_kept(rows: int, head: Head, block: int) -> Kept:
+    v, device = head.weight.shape[0], head.weight.device
+    reference = torch.empty(rows, -(-v // block), dtype=head.accumulation_dtype, device=device)
+    return Kept(_parts(rows, v, block, head.compute_dtype, device), reference, block)
 
 
 def _parts(rows: int, v: int, block: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
