@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orpo_kernels.integration.training.dropout import disable_dropout
@@ -58,14 +57,50 @@ def test_training_is_evaluation(family: str) -> None:
     assert model.config.to_dict() == saved  # as the model is saved with it
 
 
-def test_an_adapters_dropout_is_named(caplog: pytest.LogCaptureFixture) -> None:
+LAYERS = {"target_modules": ["q_proj", "v_proj"]}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "Lora": {"lora_dropout": 0.25},
+    "AdaLora": {"lora_dropout": 0.25, "total_step": 10},
+    "LoHa": {"r": 4, "rank_dropout": 0.25, "module_dropout": 0.25},
+    "LoKr": {"r": 2, "rank_dropout": 0.25, "module_dropout": 0.25},
+    "BOFT": {"boft_block_size": 4, "boft_dropout": 0.25},
+    "Vera": {"r": 4, "vera_dropout": 0.25, "target_modules": ["q_proj"]},
+    "RandLora": {"r": 4, "randlora_dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapters_dropout_is_off_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     peft = pytest.importorskip("peft")
-    config = LlamaConfig(**SIZES, intermediate_size=48)
-    model = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(lora_dropout=0.25, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48))
+    model = peft.get_peft_model(base, getattr(peft, f"{name}Config")(**LAYERS | ADAPTERS[name])).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # most begin where an adapter adds nothing
+                parameter.normal_(std=0.3)
+    ids = torch.randint(3, 97, (2, 9))
+
+    def passes() -> list[torch.Tensor]:
+        return [model(input_ids=ids).logits.detach() for _ in range(12)]
+
+    first, *others = passes()
+    assert any(not torch.equal(first, other) for other in others)  # or there is nothing to switch off
     with caplog.at_level(logging.WARNING, "orpo_kernels"):
         disable_dropout(model)
     assert "sets the adapters' dropout of 0.25 to 0 too: pass disable_dropout=False" in caplog.text
-    assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+    training = passes()
+    expected = model.eval()(input_ids=ids).logits
+    for logits in training:
+        torch.testing.assert_close(logits, expected)
     caplog.clear()
     disable_dropout(model)
+    assert not caplog.text
+
+
+def test_a_models_own_dropout_is_not_the_adapters(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("GPT2"), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    with caplog.at_level(logging.WARNING, "orpo_kernels"):
+        disable_dropout(model)
     assert not caplog.text
