@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orpo_kernels.objective import PROMPT, REJECTED, orpo_from_sums
+from orpo_kernels.objective import PROMPT, REJECTED, OrpoOutput, orpo_from_sums
 from orpo_kernels.presets import Preset
 
 # completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected), aux loss
@@ -57,9 +57,19 @@ def pair_rows(
 
 def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, float]:
     """TRL's metric names, and `loss`, over all of `rows` [n, 9]. An auxiliary loss is averaged over pairs."""
-    table = rows.reshape(-1, _COLUMNS).cpu()
-    chosen, chosen_count, rejected, rejected_count, nll, nll_count, *logits, aux_loss = table.unbind(1)
-    logits_chosen, logits_rejected = logits
+    output, logits, aux_loss = objective_of(rows.cpu(), beta=beta, preset=preset)
+    known = {} if any(mean.isnan() for mean in logits.values()) else logits
+    metrics = {"loss": output.loss + aux_loss, **output.metrics(**known)}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def objective_of(rows: Tensor, *, beta: float, preset: Preset) -> tuple[OrpoOutput, dict[str, Tensor], Tensor]:
+    """(the objective of `rows` [n, 9], its mean logits as `OrpoOutput.metrics` takes them, the mean auxiliary loss).
+
+    The mean logits are NaN where a row's are unknown. Nothing waits for the device.
+    """
+    columns = rows.reshape(-1, _COLUMNS).unbind(1)
+    chosen, chosen_count, rejected, rejected_count, nll, nll_count, logits_chosen, logits_rejected, aux_loss = columns
     output = orpo_from_sums(
         torch.cat([chosen, rejected]),
         torch.cat([chosen_count, rejected_count]),
@@ -68,11 +78,8 @@ def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, floa
         beta=beta,
         preset=preset,
     )
-    known = {}
-    if not logits_chosen.isnan().any():
-        known = {"logits_chosen": logits_chosen.mean(), "logits_rejected": logits_rejected.mean()}
-    metrics = {"loss": output.loss + aux_loss.mean(), **output.metrics(**known)}
-    return {name: float(value) for name, value in metrics.items()}
+    logits = {"logits_chosen": logits_chosen.mean(), "logits_rejected": logits_rejected.mean()}
+    return output, logits, aux_loss.mean()
 
 
 def flat_pair_rows(

@@ -53,6 +53,7 @@ from .training.arguments import numbers_from_text, refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
+from .training.running import RunningMetrics
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -223,7 +224,8 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
             accelerator_config.dispatch_batches = False
-        self._train_rows: list[Tensor] = []
+        assert args.beta is not None  # ORPOConfig has put the preset's in its place
+        self._running = RunningMetrics(beta=args.beta, preset=self.preset)
         self._eval_rows: list[Tensor] = []
         self._logps: ModelLogps | None = None
         self._gate: LayoutGate | None = None
@@ -377,11 +379,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, rows, outputs = self.orpo(model, inputs, num_items_in_batch)
-        first = self.args.logging_first_step and self.state.global_step == 0
-        if self.args.logging_strategy != "no" or first:  # where nothing is logged, rows would pile up
-            # All of them: a step's micro-batches are fetched ahead, and `gather_for_metrics` would cut each one to what
-            # the epoch's last holds.
-            self._train_rows.append(self.accelerator.gather(rows))
+        self._running.add(rows)
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -434,20 +432,16 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         self._eval_rows = []
         output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
         metric_key_prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", "eval")
-        metrics = self._metrics(self._eval_rows)
+        if not self._eval_rows:
+            return output
+        metrics = pair_metrics(torch.cat(self._eval_rows), beta=self._running.beta, preset=self.preset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._train_rows:
-            metrics = self._metrics(self._train_rows)
-            self._train_rows = []
-            logs.update({name: value for name, value in metrics.items() if name != "loss"})
+        if "loss" in logs:
+            logs.update(self._running.read(self.accelerator))
         super().log(logs, start_time)
-
-    def _metrics(self, rows: list[Tensor]) -> dict[str, float]:
-        assert self.args.beta is not None  # ORPOConfig has put the preset's in its place
-        return pair_metrics(torch.cat(rows), beta=self.args.beta, preset=self.preset) if rows else {}
 
 
 def _prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:

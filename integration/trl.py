@@ -36,6 +36,7 @@ Raises ImportError at import where TRL is missing or of another version.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -79,6 +80,7 @@ from .training.arguments import refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
+from .training.running import RunningMean
 from .versions import require
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
@@ -135,6 +137,8 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
             *more,
             **options,
         )
+        # TRL's lists grow until it logs.
+        self._stored_metrics: Any = defaultdict(partial(defaultdict, RunningMean))
         if self.args.disable_dropout:  # TRL has switched off what is a module of its own
             disable_dropout(self.model)
         self.data_summary: DataSummary | None = None
@@ -170,12 +174,6 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
             limits.check(row, f"{name}, row {index}")
         return rows
-
-    def store_metrics(self, metrics: dict[str, Any], train_eval: Literal["train", "eval"] = "train") -> None:
-        first = self.args.logging_first_step and self.state.global_step == 0
-        if train_eval == "train" and self.args.logging_strategy == "no" and not first:
-            return  # they would pile up, as nothing is logged
-        super().store_metrics(metrics, train_eval)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""

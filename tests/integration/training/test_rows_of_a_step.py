@@ -27,25 +27,32 @@ def test_metrics_are_of_all_pairs_of_the_step(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["rewards/accuracies"] == pytest.approx(accuracy(pairs(14)))
 
 
-def _process(rank: int, folder: Path) -> None:
+def _process(rank: int, folder: Path, count: int, even: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = "29543"
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
-    trainer = make(OWN, folder, pairs(14), **options)
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    options |= {"learning_rate": 0.0, "per_device_eval_batch_size": 2, "accelerator_config": {"even_batches": even}}
+    trainer = make(OWN, folder, pairs(count), **options)
     seen = watch(trainer)
     trainer.train()
-    torch.save((seen, trainer.state.log_history[0]), folder / f"{rank}.pt")
+    # Seven rows in batches of 2 x 2: the last holds a row twice. Uneven ones transformers cannot evaluate.
+    evaluated = trainer.evaluate(pairs(7)) if even else {}
+    torch.save((seen, trainer.state.log_history[0], evaluated), folder / f"{rank}.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def test_metrics_of_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_process, (tmp_path,), nprocs=2)
-    (first, logs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    trained = [pairs(14)[name] for name in first + second]
-    assert {*first, *second} == set(range(14))
+@pytest.mark.parametrize(("count", "even"), [(14, True), (15, False)])
+def test_metrics_of_two_processes(count: int, even: bool, tmp_path: Path) -> None:
+    """Also where the last batches of the two differ in size."""
+    mp.spawn(_process, (tmp_path, count, even), nprocs=2)
+    (first, logs, evaluated), (second, *_) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    trained = [pairs(count)[name] for name in first + second]
+    assert {*first, *second} == set(range(count))
+    assert even or len(trained) == count
     assert logs["rewards/accuracies"] == pytest.approx(accuracy(trained))
+    assert not even or evaluated["eval_rewards/accuracies"] == pytest.approx(accuracy(pairs(7)))
 
 
 # Without clipping, which would hide a factor.
@@ -147,10 +154,11 @@ def test_every_row_of_a_stream_once(kind: str, stream: type, workers: int, tmp_p
     assert seen == list(range(12))
 
 
+@pytest.mark.parametrize("options", [{"logging_strategy": "no"}, {"logging_steps": 1000}], ids=["no", "1000"])
 @pytest.mark.parametrize("kind", [OWN, "trl"])
-def test_nothing_is_held_where_nothing_is_logged(kind: str, tmp_path: Path) -> None:
+def test_nothing_is_held_until_something_is_logged(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     counts: list[int] = []
-    trainer = make(kind, tmp_path, pairs(40), logging_strategy="no")
+    trainer = make(kind, tmp_path, pairs(40), **options)
     compute_loss = trainer.compute_loss
 
     def counted(*args: Any, **more: Any) -> Any:
