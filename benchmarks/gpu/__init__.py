@@ -1,1 +1,1 @@
-"""What only a GPU can tell, in stages that each fit a short lease: `python -m benchmarks.gpu --help`."""
+"""What only a GPU can tell, in stages that each fit a short rental: `python -m benchmarks.gpu --help`."""

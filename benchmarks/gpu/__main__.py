@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in stages that each fit a short lease, without a network.
+"""Everything that only a GPU can tell, in stages that each fit a short rental, without a network.
 
     python -m benchmarks.gpu smoke --output FOLDER     right on this card, and at what share of the library's rate
     python -m benchmarks.gpu all --rehearse            every stage on the CPU, tiny sizes: the figures mean nothing
