@@ -1,8 +1,8 @@
 """Compiles kernels in several processes ahead of their first launch: Triton's cache on disk has them for the stages.
 
-Triton compiles a kernel on one core, two to six seconds each, and time on a card is counted in seconds. A job is a run of the
-backend's functions on few tokens and entries, with the operands' dtype, D and tile shape of the real one: what a
-kernel is specialised for.
+Triton compiles a kernel on one core, two to six seconds each, and time on a card is counted in seconds. A job is a run
+of the backend's functions on few tokens and entries, with the operands' dtype, D and tile shape of the real one: what
+a kernel is specialised for.
 """
 
 from __future__ import annotations
