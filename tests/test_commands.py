@@ -170,6 +170,8 @@ def test_arguments_from_a_file(suffix: str, tmp_path: Path):
         ([*NEEDED, "--max_length", "1"], "max_length=1: use an int of at least 2"),
         ([*NEEDED, "--model_name_or_path", "./none"], "--model_name_or_path ./none: there is no such folder"),
         ([*NEEDED, "--output_dir", "/proc/none"], "--output_dir /proc/none cannot be made: "),
+        ([*NEEDED, "--resume_from_checkpoint", "True"], "--resume_from_checkpoint True: --output_dir"),
+        ([*NEEDED, "--resume_from_checkpoint", "o/none"], "--resume_from_checkpoint o/none: there is no such folder"),
         (NEEDED, "--dataset_name"),  # no such data set
         (["missing.yaml"], "missing.yaml"),
         (["missing.json"], "missing.json"),

@@ -38,10 +38,16 @@ class RowOrder:
 
     args: Any
     state: Any
+    processing_class: Any
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        lengths = self._lengths(self.train_dataset if train_dataset is None else train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = self._lengths(rows)
+        if lengths is None and self.args.train_sampling_strategy == "batch_rebalance" and isinstance(rows, list):
+            # Transformers' sampler needs nothing but lengths; of a list it takes them from the model's first input.
+            name = self.processing_class.model_input_names[0]
+            return super()._get_train_sampler([{name: range(row["length"])} for row in rows])  # type: ignore[misc]
         if lengths is None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps

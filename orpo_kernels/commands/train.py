@@ -121,6 +121,17 @@ def checkpoint_of(value: str | bool | None) -> str | bool | None:
     return {"true": True, "false": None, "none": None, "": None}.get(str(value).lower(), value)
 
 
+def check_checkpoint(value: str | bool | None, output: Path) -> None:
+    """ValueError where there is none of what `--resume_from_checkpoint` names, before anything is loaded."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    named = checkpoint_of(value)
+    if named is True and get_last_checkpoint(str(output)) is None:
+        raise ValueError(f"--resume_from_checkpoint {value}: --output_dir {output} holds no checkpoint")
+    if isinstance(named, str) and not Path(named).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {named}: there is no such folder")
+
+
 def parse(arguments: list[str]) -> Any:
     """(ModelArguments, DataArguments, LoraArguments, ORPOConfig). Raises ValueError for bad ones."""
     from transformers import HfArgumentParser
@@ -177,6 +188,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_arg
     from orpo_kernels.integration.transformers import ORPOTrainer
 
     check_folders(model_args.model_name_or_path, Path(config.output_dir))
+    check_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     train_rows, eval_rows = load_pairs(data_args)
     for name, rows in (("training", train_rows), ("evaluation", eval_rows)):
         check_shapes(rows, f"{data_args.dataset_name}, {name} row")

@@ -32,6 +32,14 @@ def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
     assert (data.eval_fraction, lora.lora_dropout) == (0.1, 0.05)
 
 
+def test_numbers_inside_a_dict_of_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    more = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7, num_cycles: 0.5, name: e5}\n"
+    file.write_text(YAML.format(folder=tmp_path) + more)
+    *_, config = parse([str(file)])
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-7, "num_cycles": 0.5, "name": "e5"}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

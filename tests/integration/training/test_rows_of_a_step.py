@@ -86,7 +86,7 @@ def test_global_normalization_is_that_of_one_process(accumulation: int, tmp_path
         assert (parameter - found[name]).norm() <= 1e-4 * moved, name
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("strategy", ["group_by_length", "random", "batch_rebalance"])
 @pytest.mark.parametrize("kind", [OWN, "trl"])
 @pytest.mark.parametrize("at", [12, 18])
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, strategy: str, at: int, tmp_path: Path) -> None:
