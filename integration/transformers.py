@@ -375,6 +375,10 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         """Whether all processes say so."""
         return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._running.clear()  # of a run before this one, after its last log
+        return super().train(*args, **options)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

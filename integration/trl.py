@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ from .training.arguments import refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
-from .training.running import RunningMean
+from .training.running import RunningMean, whole_batches
 from .versions import require
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
@@ -174,6 +175,10 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
             limits.check(row, f"{name}, row {index}")
         return rows
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._stored_metrics.pop("train", None)  # of a run before this one, after its last log
+        return super().train(*args, **options)
 
     def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
         """TRL's columns of one row of strings, and those of `data.TOKENIZED_COLUMNS`."""
@@ -326,11 +331,18 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
     packing, share_prefix: rows without padding, and each prompt once (see above).
     packing_length: most tokens a packed row; a pair must fit into one. Default: one row a batch.
 
-    The objective and its metrics are TRL's own, evaluation included, on log-probabilities from the head.
+    The objective and its metrics are TRL's own, evaluation included, on log-probabilities from the head; but where a
+    step's last batch is short, TRL counts that many pairs of the step's other ones too, and we count all.
 
     Raises TypeError for a data set of a kind that it cannot take, ValueError for one with images and for layout
     options that do not fit, and what `lm_head.attach` raises.
     """
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> tuple[Tensor, dict[str, Any]]:
+        with whole_batches(self.accelerator) if train_eval == "train" else nullcontext():
+            return super().get_batch_loss_metrics(model, batch, train_eval)
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """TRL's tuple, with each sequence's mean logit [B] for its logits, of which TRL takes the mean."""

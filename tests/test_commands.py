@@ -347,6 +347,18 @@ def test_two_steps(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert log[-1]["eval_loss"] == metrics["eval_loss"]
 
 
+def test_two_steps_with_a_break_are_two_steps(model_folder: Path, tmp_path: Path):
+    save = ["--save_strategy", "steps", "--save_steps", "1", "--lr_scheduler_type", "constant"]
+    assert main(["train", *training(model_folder, tmp_path / "whole", *save)]) == 0
+    assert main(["train", *training(model_folder, tmp_path / "half", *save, "--max_steps", "1")]) == 0
+    resume = ["--resume_from_checkpoint", "True"]
+    assert main(["train", *training(model_folder, tmp_path / "half", *save, *resume)]) == 0
+    log = json.loads((tmp_path / "half/trainer_state.json").read_text())
+    assert log["global_step"] == 2
+    whole, half = (LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "half"))
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
 @pytest.mark.shows("Trainers", "`orpo-kernels train --use_peft`", "two steps; the adapter is saved and loads")
 def test_two_steps_with_lora(model_folder: Path, tmp_path: Path):
     """The head among the adapted layers, so that its adapter is what has been trained."""

@@ -5,6 +5,8 @@ They stay on their device until they are read: no step waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,15 +38,30 @@ class RunningMetrics:
         self._names = list(means)
         self._totals = totals if self._totals is None else self._totals + totals
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self._totals = None
+
     def read(self, accelerator: Any) -> dict[str, float]:
         """What has been counted, and begin anew; {} where nothing has. All processes make the call."""
         if self._totals is None:
             return {}
         sums, counts = accelerator.reduce(self._totals, "sum").cpu()
-        self._totals = None
+        self.clear()
         metrics = dict(zip(self._names, (sums / counts.clamp(min=1)).tolist(), strict=True))
         # NaN where the model has no mean logit.
         return {name: value for name, value in metrics.items() if value == value or not name.startswith("logits/")}
+
+
+@contextmanager
+def whole_batches(accelerator: Any) -> Iterator[None]:
+    """Let `gather_for_metrics` cut nothing: a step's micro-batches are fetched ahead, and it would cut each one to what
+    the epoch's last holds."""
+    accelerator.gather_for_metrics = accelerator.gather
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 class RunningMean(list[Any]):

@@ -45,13 +45,15 @@ def make(kind: str, folder: Path, rows: Any, model: Any = None, **options: Any) 
     arguments: Any = {"train_dataset": rows, "processing_class": tokenizer()}
     if kind == OWN:
         return ORPOTrainer(model or llama(), ORPOConfig(str(folder), **defaults | options), **arguments)
-    trl = pytest.importorskip("trl.experimental.orpo")
+    name = "CPO" if kind == "cpo" else "ORPO"
+    trl = pytest.importorskip(f"trl.experimental.{name.lower()}")
     datasets = pytest.importorskip("datasets")
-    from orpo_kernels.integration.trl import ORPOTrainer as TrlORPOTrainer
+    from orpo_kernels.integration import trl as ours
 
     if isinstance(rows, list):
         arguments["train_dataset"] = datasets.Dataset.from_list(rows)
-    return TrlORPOTrainer(model or llama(), trl.ORPOConfig(str(folder), **defaults | options), **arguments)
+    config = getattr(trl, f"{name}Config")(str(folder), **defaults | options)
+    return getattr(ours, f"{name}Trainer")(model or llama(), config, **arguments)
 
 
 def watch(trainer: Any) -> list[int]:

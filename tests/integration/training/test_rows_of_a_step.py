@@ -27,6 +27,32 @@ def test_metrics_are_of_all_pairs_of_the_step(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["rewards/accuracies"] == pytest.approx(accuracy(pairs(14)))
 
 
+@pytest.mark.parametrize("kind", ["trl", "cpo"])
+def test_metrics_of_the_drop_ins_are_means_of_whole_batches(kind: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+    trainer = make(kind, tmp_path, pairs(14), per_device_eval_batch_size=4, **options)
+    seen = watch(trainer)
+    trainer.train()
+    found = trainer.state.log_history[0]
+    batches = [[pairs(14)[name] for name in seen[start : start + 4]] for start in range(0, 14, 4)]
+    means = [trainer.evaluate(datasets.Dataset.from_list(batch)) for batch in batches]
+    for name in ("rewards/accuracies", "rewards/margins", "logps/chosen"):
+        assert found[name] == pytest.approx(sum(mean[f"eval_{name}"] for mean in means) / 4, rel=1e-5), name
+
+
+@pytest.mark.parametrize("kind", [OWN, "trl", "cpo"])
+def test_a_second_run_counts_none_of_the_firsts_pairs(kind: str, tmp_path: Path) -> None:
+    """Six steps, of which the last two are not logged."""
+    trainer = make(kind, tmp_path, pairs(12), logging_steps=4, learning_rate=0.0)
+    trainer.train()
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "rewards/margins" in log]
+    fresh = make(kind, tmp_path, pairs(12), logging_steps=4, learning_rate=0.0)
+    fresh.train()
+    assert logged[-1]["rewards/margins"] == pytest.approx(fresh.state.log_history[0]["rewards/margins"], rel=1e-6)
+
+
 def _process(rank: int, folder: Path, count: int, even: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
