@@ -8,10 +8,13 @@ from the seed and the epoch alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 
@@ -34,7 +37,7 @@ class EpochGroupedSampler(Sampler[int]):
 
 
 class RowOrder:
-    """A trainer's samplers, where its rows are to be grouped by length."""
+    """A trainer's samplers, where its rows are to be grouped by length, and where in a stream it goes on."""
 
     args: Any
     state: Any
@@ -60,6 +63,25 @@ class RowOrder:
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         generator = torch.Generator().manual_seed(self._order_seed())  # the same order on every process
         return LengthGroupedSampler(self.args.eval_batch_size, lengths=lengths, generator=generator)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resumed: Any, trial: Any
+    ) -> tuple[int, int]:
+        """(epochs that a resumed run has behind it, batches of the one that it is in).
+
+        Transformers takes a stream, which has no length, for one epoch of `max_steps`. It would skip the first pass
+        and then begin the second one anew, wherever the run had stopped.
+        """
+        position: tuple[int, int] = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resumed, trial
+        )
+        if hasattr(self.train_dataset, "__len__") or not self.state.global_step or self.args.ignore_data_skip:
+            return position
+        # A step leaves `epoch + batches / batches of max_steps`, of the maximum that it had then; at least one batch.
+        saved = TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
+        batches = saved.max_steps * self.args.gradient_accumulation_steps
+        epoch, before = divmod(round(saved.epoch * batches) - 1, batches)
+        return epoch, before + 1
 
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed

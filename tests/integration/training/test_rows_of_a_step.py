@@ -136,6 +136,35 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, strategy: str, at: in
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [OWN, "trl"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("at", [3, 6, 8])
+def test_a_resumed_stream_goes_on_where_it_stopped(
+    kind: str, at: int, accumulation: int, workers: int, tmp_path: Path
+) -> None:
+    """In the first pass, at its end, and in the second; the steps to go may be more than they were to be."""
+    datasets = pytest.importorskip("datasets")
+    count = 12 * accumulation
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": at, "dataloader_num_workers": workers}
+    options |= {"gradient_accumulation_steps": accumulation}
+
+    def trainer(name: str, steps: int) -> Any:
+        rows = datasets.Dataset.from_list(pairs(count)).to_iterable_dataset(num_shards=3)
+        return make(kind, tmp_path / name, rows.shuffle(seed=3, buffer_size=4), max_steps=steps, **options)
+
+    whole = trainer("whole", 12)
+    seen = watch(whole)
+    whole.train()
+    assert Counter(seen[:count]) == Counter(seen[count:]) == Counter(range(count))
+    assert seen[:count] != seen[count:]
+    trainer("half", at).train()
+    again = trainer("half", 12)
+    rest = watch(again)
+    again.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "half")))
+    assert rest == seen[2 * accumulation * at :]
+
+
 def _Stop(at: int) -> Any:
     from transformers import TrainerCallback
 
