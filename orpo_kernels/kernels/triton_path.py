@@ -407,9 +407,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 @contextlib.contextmanager
 def _fp32_reductions() -> Iterator[None]:
     """Where the library cuts the inner dimension of a bf16 product, it adds the parts up before they are rounded."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul: Any = torch.backends.cuda.matmul
+    # Set alone, it would also allow cuts that the user has forbidden.
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+    matmul.allow_bf16_reduced_precision_reduction = (False, before[1])
     try:
         yield
     finally:

@@ -102,3 +102,24 @@ def test_compiled_with_kept_gradients(inputs):
     )
     for mine, right in zip(gradients(compiled, *inputs), exact(*inputs), strict=True):
         assert error(mine, right) < 2e-6
+
+
+@pytest.mark.parametrize("setting", [(True, True), (False, True), (False, False)])
+def test_the_users_setting_of_reductions_is_left_as_it_was(setting: tuple[bool, bool]) -> None:
+    """Of bf16 products whose inner dimension a library cuts: no reduced precision in ours, and cuts as allowed."""
+    matmul = torch.backends.cuda.matmul
+
+    def now() -> tuple[bool, bool]:
+        return (
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction_split_k,
+        )
+
+    before = now()
+    matmul.allow_bf16_reduced_precision_reduction = setting
+    try:
+        with triton_path._fp32_reductions():
+            assert now() == (False, setting[1])
+        assert now() == setting
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
