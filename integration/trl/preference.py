@@ -1,9 +1,9 @@
 """TRL's ORPOTrainer and CPOTrainer without the logits.
 
-Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`. Arguments, collator,
-optimiser, checkpoints, generation, metric names and, on the same batch, losses are TRL's; the model is asked
-for the log-probabilities of the scored tokens (`lm_head`) where TRL takes its logits. What differs, because
-TRL 1.16 is wrong or stops there:
+Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`, which take whole logits and
+not the head that `use` exchanges. Arguments, collator, optimiser, checkpoints, generation, metric names and, on the
+same batch, losses are TRL's; the model is asked for the log-probabilities of the scored tokens (`lm_head`) where TRL
+takes its logits. What differs, because TRL 1.16 is wrong or stops there:
 
 - Length. TRL cuts completions only: a prompt of `max_length` tokens leaves them empty. Rows that are too long
   are cut by the rule of `data.truncate_pair`, which always leaves a completion. Rows that fit become TRL's
@@ -30,63 +30,49 @@ TRL 1.16 is wrong or stops there:
 
 `data_summary` (`data.DataSummary`) says what became of the training rows; rows with nothing to score are
 dropped. The columns it counts stay in the data set, `length` among them for length-grouped batches.
-
-Raises ImportError at import where TRL is missing or of another version.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
+import datasets
 import torch
 from torch import Tensor, nn
-
-try:
-    import datasets
-    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
-    from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
-    from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
-
-    _cause = None
-except ImportError as error:
-    _cause = error
+from trl.data_utils import maybe_extract_prompt
+from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
+from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
 
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
-from .data.chat import plain_turn, template_options, without_nulls
-from .data.dataset import (
+from ..data.dataset import (
     TOKENIZED_COLUMNS,
     DataSummary,
     announce,
-    check_rows,
     refuse_splits,
     tokenize_pair,
     truncate_pair,
 )
-from .data.formats import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
-from .data.limits import Limits
-from .data.streams import rows_of_stream
-from .lm_head import ModelLogps, attach
-from .metrics import pair_metrics, pair_rows
-from .packing.gate import LayoutGate, model_inputs, moved
-from .packing.layout import asked_for, pack_pairs, sides
-from .training.arguments import refuse_label_smoothing
-from .training.dropout import disable_dropout
-from .training.evaluation_rows import EvaluationRows
-from .training.row_order import RowOrder
-from .training.running import RunningMean, whole_batches
-from .versions import require
+from ..data.limits import Limits
+from ..lm_head import ModelLogps, attach
+from ..metrics import pair_metrics, pair_rows
+from ..packing.gate import LayoutGate, model_inputs, moved
+from ..packing.layout import asked_for, pack_pairs, sides
+from ..training.arguments import refuse_label_smoothing
+from ..training.dropout import disable_dropout
+from ..training.evaluation_rows import EvaluationRows
+from ..training.row_order import RowOrder
+from ..training.running import RunningMean, whole_batches
+from .rows import Sets, Stream, check_row, has_scored_token, mappable
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
-
-require(__name__, {"trl": ">=1.16,<1.17"}, cause=_cause, also=" with datasets and accelerate")
 
 _SIDES = ("chosen", "rejected")
 _PRESET = get_preset("trl")
@@ -133,8 +119,8 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
             model,
             args,
             data_collator,
-            _mappable("train_dataset", train_dataset, tokenizer),
-            _mappable("eval_dataset", eval_dataset, tokenizer),
+            mappable("train_dataset", train_dataset, tokenizer),
+            mappable("eval_dataset", eval_dataset, tokenizer),
             *more,
             **options,
         )
@@ -152,26 +138,26 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
-                self.train_dataset = self.train_dataset.filter(_has_scored_token)
+                self.train_dataset = self.train_dataset.filter(has_scored_token)
             announce(f"training data: {self.data_summary}", self.args)
 
     def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
         if isinstance(rows, Mapping):
-            return _Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
+            return Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
         if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
             return rows
-        mappable = _mappable(name, rows, self.processing_class)
-        return self._checked(name, mappable.map(maybe_extract_prompt).map(self.tokenize_row))
+        rows = mappable(name, rows, self.processing_class)
+        return self._checked(name, rows.map(maybe_extract_prompt).map(self.tokenize_row))
 
     def _checked(self, name: str, rows: Any) -> Any:
         """The tokenised rows; ValueError that names one which the model cannot take, of a stream when it is read."""
         if rows is None or self.is_encoder_decoder:
             return rows
         if isinstance(rows, Mapping):
-            return _Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
+            return Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
         limits = Limits.of(self.model)
-        if isinstance(rows, _Stream):
-            return rows.map(_check, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
+        if isinstance(rows, Stream):
+            return rows.map(check_row, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
         for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
             limits.check(row, f"{name}, row {index}")
         return rows
@@ -361,100 +347,3 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
             return parts
         aux_loss = getattr(outputs, "aux_loss", None)
         return (*parts, sums.new_zeros(()) if aux_loss is None else aux_loss.to(sums.device))
-
-
-def _check(row: Mapping[str, Any], limits: Limits, where: str) -> dict[str, Any]:
-    limits.check(row, where)
-    return {}
-
-
-def _has_scored_token(row: Mapping[str, Any]) -> bool:
-    return any(label != -100 for side in _SIDES for label in row[f"{side}_labels"][1:])
-
-
-class _Sets(dict[str, Any]):
-    """A dict of evaluation sets that are mapped together."""
-
-    def map(self, *args: Any, **options: Any) -> _Sets:
-        return _Sets({name: part.map(*args, **options) for name, part in self.items()})
-
-
-class _Stream(torch.utils.data.IterableDataset):
-    """A stream whose rows go through TRL's `map` calls as they are read."""
-
-    def __init__(self, dataset: Iterable[Any], steps: tuple[Callable[[Any], Any], ...] = ()) -> None:
-        self.dataset = dataset
-        self.steps = steps
-
-    def map(
-        self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None
-    ) -> _Stream:
-        return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in rows_of_stream(self.dataset):
-            for step in self.steps:
-                row = {**row, **step(row)}
-            yield row
-
-    def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to a data set that reshuffles by it."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-
-def _as_text(row: Mapping[str, Any], index: int | None, name: str, tokenizer: Any) -> dict[str, Any]:
-    """TRL's own rendering of a row of messages, of what these are without nulls (`chat`); text stays as it is."""
-    where = name if index is None else f"{name}, row {index}"
-    # A template raises errors of any type, jinja2's and its own.
-    try:
-        refuse_images(row)
-        plain: dict[str, Any] = without_nulls(row)
-        for column in MESSAGE_COLUMNS:
-            if isinstance(plain.get(column), list):
-                plain[column] = [plain_turn(turn) for turn in plain[column]]
-        plain["chat_template_kwargs"] = template_options(plain)[1]
-        text = maybe_apply_chat_template(maybe_extract_prompt(plain), tokenizer)  # which passes no tools on
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: {kind}{error}") from error
-    return {column: text[column] for column in ("prompt", *_SIDES) if column in text}
-
-
-def _has_messages(dataset: Any) -> bool:
-    columns = (column for column in MESSAGE_COLUMNS if column in dataset.column_names)
-    return any(not isinstance(dataset.features[column], datasets.Value) for column in columns)
-
-
-def _mappable(name: str, dataset: Any, tokenizer: Any) -> Any:
-    """The data set, messages rendered, or what can be mapped in its place; ValueError if it holds images or no rows.
-
-    tokenizer: whose chat template renders; None leaves it to TRL to say that it is missing.
-    """
-    if dataset is None:
-        return dataset
-    if isinstance(dataset, Mapping):
-        return _Sets({key: _mappable(f"{name}[{key!r}]", part, tokenizer) for key, part in dataset.items()})
-    check_rows(dataset, name)
-    if isinstance(dataset, datasets.Dataset):
-        images = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
-        for index, row in enumerate(dataset.select_columns(images) if images else ()):
-            _located(refuse_images, row, f"{name}, row {index}")
-        if tokenizer is None or not _has_messages(dataset):
-            return dataset
-        return dataset.map(
-            _as_text, with_indices=True, fn_kwargs={"name": name, "tokenizer": tokenizer}, desc="Rendering messages"
-        )
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return _Stream(dataset, (partial(_as_text, index=None, name=f"a row of {name}", tokenizer=tokenizer),))
-    raise TypeError(
-        f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
-        "list), a datasets.IterableDataset or, for evaluation, a dict of them"
-    )
-
-
-def _located(check: Callable[[Any], None], row: Any, where: str) -> None:
-    try:
-        check(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
