@@ -21,19 +21,19 @@ from ..head.lora import virtual_tokens
 from ..lm_head import ModelLogps
 from .attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
 from .layout import Layout, Name
+from .sequences import SequenceLayout
 
 logger = logging.getLogger("orpo_kernels")
 
 ORDER: tuple[Name, ...] = ("shared", "packed", "padded")
 _LAYERS = {"full_attention", "sliding_attention", "attention"}
-_TRIAL_PAIRS = 2
 # Mean difference of a token's log-probability, nats: several times what another order of the same sums makes of it.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model is called with for a batch of a layout, beside `use_cache=False`."""
-    layout: Layout = batch["layout"]
+    layout: Layout | SequenceLayout = batch["layout"]
     if layout.segments is None:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
     return {
@@ -63,16 +63,22 @@ class LayoutGate:
     def admit(self, batch: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
         """The batch, in a layout that the model can have; the first one decides.
 
-        batch: as `layout.pack_pairs` makes it. model: the wrapped model to call, as for `ModelLogps.logps`.
+        batch: as `layout.pack_pairs` or `sequences.lay_out_sequences` makes it.
+        model: the wrapped model to call, as for `ModelLogps.logps`.
 
         Where processes share the work, all of them make the call.
         """
-        layout: Layout = batch["layout"]
+        layout: Layout | SequenceLayout = batch["layout"]
         if self.name is None:
             self.name = self._decide(batch, model)
         if ORDER.index(layout.name) >= ORDER.index(self.name):
             return batch
         return moved(layout.again(self.name), batch["input_ids"].device)
+
+    def decline(self, wanted: Name, reason: str) -> None:
+        """Decide on padded rows, for a reason that no model has."""
+        self.reasons.append(f"{wanted}: {reason}")
+        self.name = self._fall_back(wanted, "padded")
 
     def _decide(self, batch: dict[str, Any], model: nn.Module | None) -> Name:
         wanted: Name = batch["layout"].name
@@ -80,8 +86,8 @@ class LayoutGate:
             return "padded"
         reason = refusal(self.logps.model)
         if reason is not None:
-            self.reasons.append(f"{wanted}: {reason}")
-            return self._fall_back(wanted, "padded")
+            self.decline(wanted, reason)
+            return "padded"
         for name in ORDER[ORDER.index(wanted) : -1]:
             reason = self._trial(batch, name, model)
             if self.everywhere(reason is None):
@@ -100,10 +106,7 @@ class LayoutGate:
     def _trial(self, batch: dict[str, Any], name: Name, model: nn.Module | None) -> str | None:
         """Why the model cannot have this layout, or None. It attends as before afterwards."""
         device = batch["input_ids"].device
-        layout: Layout = batch["layout"]
-        # The longest pairs: they are likeliest to be longer than a window.
-        pairs = sorted(layout.pairs, key=lambda row: -max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])))
-        few = replace(layout, pairs=tuple(pairs[:_TRIAL_PAIRS]))
+        few = batch["layout"].few()
         right = moved(few.again("padded"), device)
         laid = moved(few.again(name), device)
         calls: list[tuple[int | None, int | None]] = []

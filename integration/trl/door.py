@@ -26,6 +26,7 @@ from torch import nn
 from orpo_kernels.plan import Plan
 
 from ..head.patch import bare_model
+from ..packing.layout import Name, asked_for
 from .fused_head import head_on, put_on
 
 _NAME = "add_fused_lm_head"
@@ -38,26 +39,40 @@ class Options:
 
     plan: Plan | None = None
     entropy_grad: bool | None = None
+    layout: Name = "padded"
+    packing_length: int | None = None
 
 
 _options: Options | None = None
 
 
-def use(*, plan: Plan | None = None, entropy_grad: bool | None = None) -> AbstractContextManager[Any]:
+def use(
+    *,
+    packing: bool = False,
+    share_prefix: bool | str = "auto",
+    packing_length: int | None = None,
+    plan: Plan | None = None,
+    entropy_grad: bool | None = None,
+) -> AbstractContextManager[Any]:
     """Put our head into TRL's trainers: those that are made from now on, or inside a `with` block.
 
         use()
         trainer = DPOTrainer(...)
 
+    packing: lay batches out without padding, and each prompt once: DPO's answers to one, the groups of GRPO and RLOO.
+        A model that cannot have that gets padded rows, with a warning. share_prefix=False: without padding only.
+    packing_length: most tokens a packed row. Default: one row a batch.
     plan: `Plan`, the memory that the head may use. By default it follows shapes and device.
     entropy_grad: whether losses hold the entropies. Default: in GRPO with an entropy bonus.
+
+    Raises ValueError for layout options that do not fit.
 
     A trainer keeps the head that it was made with. Calling `use` again changes the options; the end of a `with` block
     brings back what was before it.
     """
     block = ExitStack()
     block.callback(_switch, _options)
-    _switch(Options(plan, entropy_grad))
+    _switch(Options(plan, entropy_grad, asked_for(packing, share_prefix, packing_length), packing_length))
     return block
 
 
@@ -66,14 +81,22 @@ def restore() -> None:
     _switch(None)
 
 
-def accelerate(trainer: Any, *, plan: Plan | None = None, entropy_grad: bool | None = None) -> Any:
+def accelerate(
+    trainer: Any,
+    *,
+    packing: bool = False,
+    share_prefix: bool | str = "auto",
+    packing_length: int | None = None,
+    plan: Plan | None = None,
+    entropy_grad: bool | None = None,
+) -> Any:
     """Put our head on the models of one trainer of TRL's that exists already, and return that trainer.
 
-    plan, entropy_grad: as for `use`.
+    The options are those of `use`.
 
     Raises ValueError where the trainer has no fused head to exchange, as those that take whole logits have none.
     """
-    options = Options(plan, entropy_grad)
+    options = Options(plan, entropy_grad, asked_for(packing, share_prefix, packing_length), packing_length)
     models = [model for name in ("model", "ref_model") if (model := getattr(trainer, name, None)) is not None]
     settings = [_settings(_inner(model)) for model in models]
     if not models or None in settings:
@@ -111,7 +134,16 @@ def _put(
     entropy_grad = options.entropy_grad
     if entropy_grad is None:
         entropy_grad = bool(getattr(trainer, "_entropy_bonus_enabled", False))
-    put_on(model, temperature, cast_lm_head_to_fp32, outputs, entropy_grad=entropy_grad, plan=options.plan)
+    put_on(
+        model,
+        temperature,
+        cast_lm_head_to_fp32,
+        outputs,
+        entropy_grad=entropy_grad,
+        plan=options.plan,
+        layout=options.layout,
+        row_length=options.packing_length,
+    )
 
 
 def _switch(options: Options | None) -> None:

@@ -10,14 +10,16 @@ A forward that is called without `fused_lm_head` is the model's, as before.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -25,6 +27,9 @@ from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.plan import Plan
 
 from ..lm_head import ModelLogps, attach
+from ..packing.batches import BatchLayout
+from ..packing.layout import Name
+from ..packing.sequences import groups_of
 
 # Where a model keeps the heads that were put on it, the innermost first.
 _HEADS = "_orpo_fused_heads"
@@ -37,7 +42,7 @@ class FusedHead:
 
     beneath: what stood in the model's `forward`, where that was more than the class's own.
     temperature, cast_to_fp32, statistics: as `trl.trainer.utils.add_fused_lm_head` takes them.
-    entropy_grad: whether the loss holds the entropies.
+    entropy_grad: whether the loss holds the entropies. batches: how padded batches are laid out; None: as they are.
     """
 
     logps: ModelLogps
@@ -45,6 +50,7 @@ class FusedHead:
     cast_to_fp32: bool = False
     statistics: tuple[str, ...] = ()
     entropy_grad: bool = False
+    batches: BatchLayout | None = None
     beneath: Callable[..., Any] | None = field(default=None, repr=False)
 
     def plain(self, model: nn.Module) -> Callable[..., Any]:
@@ -68,13 +74,17 @@ class FusedHead:
         kept = slice(None) if targets is not None else slice(-1)  # TRL leaves out the place that predicts nothing
         if targets is None:
             targets = shift_labels(labels)
+        plain, inputs["use_cache"] = self.plain(model), False
+        laid = None
+        if self.batches is not None:
+            laid = self.batches.lay_out(inputs, targets, partial(_groups, inputs, targets), plain)
         stats, outputs = self.logps.token_stats(
             targets,
-            model=self.plain(model),
+            model=plain,
             statistics=self.statistics,
             temperature=self.temperature,
             entropy_grad=self.entropy_grad and torch.is_grad_enabled(),
-            **inputs | {"use_cache": False},
+            **inputs if laid is None else laid[0],
         )
         fields = {name: getattr(stats, name) for name in _STATISTICS}
         if "entropy" in self.statistics and not self.entropy_grad and stats.logps.requires_grad:
@@ -102,17 +112,22 @@ def put_on(
     *,
     entropy_grad: bool = False,
     plan: Plan | None = None,
+    layout: Name = "padded",
+    row_length: int | None = None,
 ) -> FusedHead:
     """Let our head answer `model(..., fused_lm_head=True)`; raises what `lm_head.attach` does.
 
     outputs: the fields of `FusedCausalLMOutput` that are asked for; log_probs always is.
+    layout, row_length: as for `BatchLayout`.
     """
     unknown = set(outputs) - {"log_probs", *_STATISTICS}
     if unknown:
         names = ", ".join(_STATISTICS)
         raise ValueError(f"outputs={outputs}: {', '.join(sorted(unknown))} is none of log_probs, {names}")
     statistics = tuple(name for name in _STATISTICS if name in outputs)
-    head = FusedHead(attach(model, plan), temperature, cast_to_fp32, statistics, entropy_grad)
+    logps = attach(model, plan)
+    batches = None if layout == "padded" else BatchLayout(logps, layout, row_length, _everywhere)
+    head = FusedHead(logps, temperature, cast_to_fp32, statistics, entropy_grad, batches)
     heads = vars(model).setdefault(_HEADS, [])
     present = vars(model).get("forward")
     if heads and getattr(getattr(present, "__func__", None), "_orpo_level", None) == len(heads) - 1:
@@ -138,7 +153,7 @@ def _fused_forward(cls: type[nn.Module], level: int) -> Callable[..., Any]:
     """
     names = list(inspect.signature(cls.forward).parameters)[1:]
 
-    @functools.wraps(cls.forward)
+    @wraps(cls.forward)
     def fused_forward(
         self: nn.Module,
         *args: Any,
@@ -156,6 +171,20 @@ def _fused_forward(cls: type[nn.Module], level: int) -> Callable[..., Any]:
 
     fused_forward._orpo_level = level  # type: ignore[attr-defined]
     return fused_forward
+
+
+def _groups(inputs: dict[str, Any], targets: Tensor, sequences: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Which sequences of a batch have the same prompt: all that stands before the first scored token."""
+    scored = targets != -100
+    reaches = torch.where(scored.any(1), scored.int().argmax(1) + 1, targets.shape[1])
+    before = torch.arange(targets.shape[1], device=targets.device) < reaches[:, None]
+    return groups_of(sequences, ((inputs["attention_mask"] == 1) & before).sum(1).tolist())
+
+
+def _everywhere(verdict: bool) -> bool:
+    """Whether all processes say so."""
+    state = PartialState()
+    return bool(gather(torch.tensor([verdict], device=state.device)).all())
 
 
 def _router_loss(model: nn.Module, outputs: Any) -> Tensor:

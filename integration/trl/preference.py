@@ -63,8 +63,8 @@ from ..data.dataset import (
 from ..data.limits import Limits
 from ..lm_head import ModelLogps, attach
 from ..metrics import pair_metrics, pair_rows
-from ..packing.gate import LayoutGate, model_inputs, moved
-from ..packing.layout import asked_for, pack_pairs, sides
+from ..packing.batches import BatchLayout
+from ..packing.layout import asked_for
 from ..training.arguments import refuse_label_smoothing
 from ..training.dropout import disable_dropout
 from ..training.evaluation_rows import EvaluationRows
@@ -106,7 +106,7 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         self.layout = asked_for(packing, share_prefix, packing_length)
         self.packing_length = packing_length
         self._logps: ModelLogps | None = None
-        self._gate: LayoutGate | None = None
+        self._batches: BatchLayout | None = None
         self._eval_rows: list[Tensor] = []
         if args is not None:
             refuse_label_smoothing(args)
@@ -207,7 +207,7 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
         targets, nll_targets = labels, None
-        mean_logits_over = torch.ones_like(labels, dtype=torch.bool)
+        mean_logits_over: Any = torch.ones_like(labels, dtype=torch.bool)
         if self.is_encoder_decoder:
             arguments["decoder_input_ids"] = self._shift_right(labels)
         else:
@@ -217,40 +217,21 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
                 mean_logits_over[:, -1] = False
         if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
             self._logps = attach(self.model, self.plan)
-            self._gate = LayoutGate(self._logps, self._everywhere)
-        if self.layout != "padded" and not self.is_encoder_decoder:
-            arguments |= self._laid_out(model, ids, mask, padding_value)
-        arguments.setdefault("mean_logits_over", mean_logits_over)
-        logps, outputs = self._logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
+            self._batches = BatchLayout(
+                self._logps, self.layout, self.packing_length, self._everywhere, padding_value or 0
+            )
+        assert self._batches is not None
+        merged = merge_targets(targets, nll_targets)
+        half = len(ids) // 2
+        pairs = [(index, half + index) for index in range(half)]
+        laid = None if self.is_encoder_decoder else self._batches.lay_out(arguments, merged, lambda _: pairs, model)
+        if laid is not None:
+            arguments, mean_logits_over = laid
+        arguments["mean_logits_over"] = mean_logits_over
+        logps, outputs = self._logps.logps(merged, model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
-
-    def _laid_out(self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any) -> dict[str, Any]:
-        """What to pass to `ModelLogps.logps` instead of the padded `ids` [2B, T]; {} if the model cannot have that."""
-        assert self._gate is not None
-        sequences = [row[kept == 1].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
-        half = len(sequences) // 2
-        # Without prompts, every token but a sequence's first is one to predict.
-        pairs = [
-            {
-                "chosen_input_ids": chosen,
-                "chosen_prompt_length": 0,
-                "rejected_input_ids": rejected,
-                "rejected_prompt_length": 0,
-            }
-            for chosen, rejected in zip(sequences[:half], sequences[half:], strict=True)
-        ]
-        batch = pack_pairs(
-            pairs, self.layout == "shared", row_length=self.packing_length, padding_value=padding_value or 0
-        )
-        batch = self._gate.admit(moved(batch, ids.device), model)
-        if batch["layout"].name == "padded":
-            return {}
-        follows = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
-        predicts = torch.cat([follows, torch.zeros_like(follows[:, :1])], 1)
-        rows = torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])
-        return model_inputs(batch) | {"rows": rows, "mean_logits_over": sides(batch)}
 
     def _everywhere(self, verdict: bool) -> bool:
         """Whether all processes say so."""

@@ -92,6 +92,9 @@ def make(kind: str, model: nn.Module, folder: Path, *, peft: Any = None, **optio
                 parameter.mul_(1.01)
     if kind in ("GRPO", "RLOO"):
         arguments["reward_funcs"] = reward
+        # The reference model comes from where the policy does.
+        model.save_pretrained(folder / "start")
+        model.config._name_or_path = str(folder / "start")
         options = {"num_generations": 4, "max_completion_length": 6, "temperature": 0.7} | options
     config = getattr(trl, f"{kind}Config")(str(folder), **DEFAULTS | options)
     return getattr(trl, f"{kind}Trainer")(
