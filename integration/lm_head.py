@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -55,7 +55,7 @@ class ModelLogps:
         self,
         targets: Tensor,
         *,
-        model: nn.Module | None = None,
+        model: Callable[..., Any] | None = None,
         rows: Tensor | None = None,
         hidden_shape: torch.Size | None = None,
         ignore_index: int = -100,
@@ -65,7 +65,7 @@ class ModelLogps:
         """Run the model and return (log-probabilities, outputs).
 
         targets: [B, T] int64 aligned with the hidden states (`shift_labels`), `ignore_index` where not scored.
-        model: the wrapped model to call; by default the one attached.
+        model: the wrapped model to call, or a forward of the model's own; by default the model attached.
         rows: int64, shaped like targets: the flattened hidden row that predicts each; targets may then have any
             shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`, to
             which PEFT's prompt tuning adds positions that `rows` does not count).
@@ -107,7 +107,7 @@ class ModelLogps:
         request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
         if self.transform is None:
             _say_if_tied(self.model, self.head)
-            self.transform = _probe(call, replace(request, probe=True), inputs)
+            self.transform = _probe(self.model, call, replace(request, probe=True), inputs)
         request.transform = self.transform
         outputs = run(call, request, inputs)
         logits = whole(outputs.logits)
@@ -161,9 +161,9 @@ def attached(model: nn.Module, plan: Plan | None = None) -> Iterator[ModelLogps]
         handle.detach()
 
 
-def _probe(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transform:
+def _probe(model: nn.Module, call: Callable[..., Any], request: Request, inputs: dict[str, Any]) -> Transform:
     """Send the probes through the whole wrapped model once, and leave the random numbers as they were."""
-    devices = {p.device.index for p in call.parameters() if p.is_cuda}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
     if torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())  # that of offloaded weights
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
@@ -172,7 +172,7 @@ def _probe(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transfo
     return infer_transform(logits.reshape(-1, len(PROBES))[0].tolist(), logits.dtype)
 
 
-def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
+def _check_call(call: Callable[..., Any], inputs: dict[str, Any]) -> None:
     if inputs.get("labels") is not None:
         raise ValueError("labels were passed: the model would compute its own loss from placeholders; leave them out")
     wrapper: Any = call

@@ -14,7 +14,7 @@ broadcast against a bias or an adapter's output without an error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,7 @@ def forward(self: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return _request.serve(self, input, *args, **kwargs)
 
 
-def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
+def run(model: Callable[..., Any], request: Request, inputs: dict[str, Any]) -> Any:
     """The model's outputs with `request` in force; RuntimeError if its head did not answer it."""
     global _request
     if _request is not None:
@@ -138,7 +138,7 @@ def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
     except (RuntimeError, IndexError) as error:
         if request.answered and request.calls == 1:
             raise RuntimeError(
-                f"the forward of {type(model).__name__} does something to its logits after the head that needs a "
+                f"the forward of {_name(model)} does something to its logits after the head that needs a "
                 f"column for each entry of the vocabulary; it found {len(PROBES)} placeholders and said: {error}"
             ) from error
         raise
@@ -146,15 +146,20 @@ def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
         _request = None
     if request.calls == 0:
         raise RuntimeError(
-            f"the forward of {type(model).__name__} did not call the attached head: something computed the logits "
+            f"the forward of {_name(model)} did not call the attached head: something computed the logits "
             "by another way (another library's fused loss, a replaced head). Remove that, or attach again"
         )
     if not isinstance(getattr(outputs, "logits", None), Tensor):
         raise RuntimeError(
-            f"the forward of {type(model).__name__} returned a {type(outputs).__name__} without logits: leave "
+            f"the forward of {_name(model)} returned a {type(outputs).__name__} without logits: leave "
             "return_dict at its default"
         )
     return outputs
+
+
+def _name(model: Any) -> str:
+    """Of a model, or of that whose method is called in its place."""
+    return type(getattr(model, "__self__", model)).__name__
 
 
 def join(logps: Tensor, logits: Tensor) -> Tensor:
