@@ -301,7 +301,7 @@ def test_packing_length(share_prefix, tmp_path):
         runs.append(steps(trainer))
     for found, expected in zip(*runs, strict=True):
         assert_same(found, expected, ("logits/chosen", "logits/rejected"))
-    steps_of_ours = shapes[-3:]  # after the trial and the probe
+    steps_of_ours = shapes[-3:]  # after the trial and the look for the transform
     assert all(height > 1 and width <= 18 for height, width, _ in steps_of_ours)
 
 
@@ -321,7 +321,9 @@ def test_bad_layouts(name, options, message, tmp_path):
 
 def test_a_pair_that_is_longer_than_a_row(tmp_path):
     trainer = make(ours.ORPOTrainer, llama(), tmp_path, packing=True, packing_length=8)
-    with pytest.raises(ValueError, match=r"the group of sequences \d, \d has \d+ tokens and row_length=8: raise .* packing_length"):
+    with pytest.raises(
+        ValueError, match=r"the group of sequences \d, \d has \d+ tokens and row_length=8: raise .* packing_length"
+    ):
         trainer.train()
 
 
