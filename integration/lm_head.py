@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
+from orpo_kernels.linear_token_stats import STATISTICS, TokenStats, check_temperature, statistics_of
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
@@ -83,6 +85,50 @@ class ModelLogps:
         Raises ValueError for targets or inputs that do not fit, RuntimeError when the head was not called
         exactly once, or when the model treats its logits in a way that cannot be taken exactly.
         """
+        answer, outputs = self._ask(
+            targets, model, rows, hidden_shape, ignore_index, inputs, mean_logits_over=mean_logits_over
+        )
+        return answer.logps, outputs
+
+    def token_stats(
+        self,
+        targets: Tensor,
+        *,
+        statistics: Collection[str] = STATISTICS,
+        entropy_grad: bool = False,
+        temperature: float = 1.0,
+        model: Callable[..., Any] | None = None,
+        rows: Tensor | None = None,
+        hidden_shape: torch.Size | None = None,
+        ignore_index: int = -100,
+        **inputs: Any,
+    ) -> tuple[TokenStats, Any]:
+        """Run the model and return (log-probabilities with statistics of each token's distribution, outputs).
+
+        statistics, entropy_grad: as for `orpo_kernels.linear_token_stats`.
+        temperature: what the model's logits, scaled and capped as it does, are divided by.
+
+        All else is as for `logps`; under torch.compile, the head is left out of the graph.
+        """
+        wanted = statistics_of(statistics, entropy_grad)
+        check_temperature(temperature)
+        return self._ask(
+            targets, model, rows, hidden_shape, ignore_index, inputs, wanted=wanted, temperature=temperature
+        )
+
+    def _ask(
+        self,
+        targets: Tensor,
+        model: Callable[..., Any] | None,
+        rows: Tensor | None,
+        hidden_shape: torch.Size | None,
+        ignore_index: int,
+        inputs: dict[str, Any],
+        *,
+        mean_logits_over: Tensor | Sequence[Tensor] | None = None,
+        wanted: Statistics = NO_STATISTICS,
+        temperature: float = 1.0,
+    ) -> tuple[TokenStats, Any]:
         call = self.model if model is None else model
         _check_call(call, inputs)
         self._follow()
@@ -104,7 +150,10 @@ class ModelLogps:
             raise ValueError(f"targets has shape {tuple(targets.shape)}: it must be {tuple(hidden_shape)}")
         vocab_size, num_rows = head_rows(self.head), hidden_shape.numel()
         scored = select_scored(targets, vocab_size, num_rows, ignore_index=ignore_index, rows=rows)
-        request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
+        request = Request(
+            targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over, wanted,
+            temperature,
+        )  # fmt: skip
         if self.transform is None:
             _say_if_tied(self.model, self.head)
             self.transform = _find_transform(self.model, call, replace(request, only_placeholders=True), inputs)
@@ -113,16 +162,18 @@ class ModelLogps:
         logits = gathered(outputs.logits)
         _check_placeholders(logits, request)
         check_untrained(logits)
-        assert request.logps is not None
-        if logits.requires_grad and not request.logps.requires_grad:
+        assert request.answer is not None
+        if logits.requires_grad and not request.answer.logps.requires_grad:
             raise RuntimeError(
                 "the head ran without gradients inside a model that has them: it lies in a reentrant checkpoint. "
                 "Checkpoint the layers, not the head"
             )
         if request.mean_logits is not None:
             outputs["mean_logits"] = request.mean_logits
-        logps = join(request.logps, logits)
-        return logps[..., virtual:] if rows is None else logps, outputs
+        answer = join(logits, request.answer, wanted)
+        if virtual and rows is None:
+            answer = TokenStats(*(x if x is None else x[..., virtual:] for x in answer))
+        return answer, outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""

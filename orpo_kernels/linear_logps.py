@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from orpo_kernels.autograd import HeadOptions, LinearLogps, Needs
+from orpo_kernels.autograd import Answer, HeadOptions, LinearLogps, Needs
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens, select_scored
 
@@ -52,7 +53,7 @@ def linear_logps(
     Raises ValueError or TypeError that names the argument, its value and what it must be.
     """
     options = head_options(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, plan=plan)
-    _check_targets(hidden, targets, rows)
+    check_targets(hidden, targets, rows)
     if torch.compiler.is_compiling():
         from orpo_kernels.compiled import compiled_linear_logps
 
@@ -76,7 +77,21 @@ def scored_logps(
     adapter: [V, r], a low-rank update beside the weight, in any floating dtype: hidden is then [..., D + r], the
     adapter's input behind the head's.
     """
-    logps = LinearLogps.apply(
+    return answers(hidden, weight, bias, scored, shape, options, adapter, NO_STATISTICS).logps
+
+
+def answers(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scored: ScoredTokens,
+    shape: torch.Size,
+    options: HeadOptions,
+    adapter: Tensor | None,
+    wanted: Statistics,
+) -> Answer:
+    """Log-probabilities and the statistics `wanted` of selected tokens, shaped like the targets; as `scored_logps`."""
+    found = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -86,10 +101,15 @@ def scored_logps(
         options,
         Needs.of(hidden, weight, bias, adapter),
         adapter,
+        wanted,
     )
-    if scored.positions is None:
-        return logps.view(shape)
-    return logps.new_zeros(math.prod(shape)).index_copy(0, scored.positions, logps).view(shape)
+
+    def placed(x: Tensor | None) -> Tensor | None:
+        if x is None or scored.positions is None:
+            return None if x is None else x.view(shape)
+        return x.new_zeros(math.prod(shape)).index_copy(0, scored.positions, x).view(shape)
+
+    return Answer(*map(placed, found))
 
 
 def head_options(
@@ -153,7 +173,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     return hidden.dtype
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+def check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
     if targets.dtype not in _INTEGERS:
         raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer token ids (int64)")
     if targets.device != hidden.device:

@@ -27,6 +27,7 @@ import torch
 from orpo_kernels import traffic
 from orpo_kernels.fit import largest, whole_rows, whole_tokens
 from orpo_kernels.kernels import torch_bytes, triton_bytes
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 
 MIB = 1 << 20
 
@@ -158,6 +159,7 @@ class Plan:
         has_adapter: bool = False,
         cast: bool = False,
         in_place: bool = False,
+        statistics: Statistics = NO_STATISTICS,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
@@ -165,6 +167,8 @@ class Plan:
         full_vocab_tiles: tiles span the whole vocabulary (what the Triton kernels write).
         cast: the weight is of another dtype than the compute dtype.
         in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
+        statistics: those asked for of every token (`linear_token_stats`). With a gradient of the entropy, nothing is
+            kept of the logit gradients.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
@@ -173,7 +177,9 @@ class Plan:
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
         # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
         # on their way from logps to logits.
-        numbers = (6 if full_vocab_tiles else 4) * wide * tokens
+        entropy_grad = statistics.entropy_grad and (train_hidden or train_weight)
+        numbers = ((6 if full_vocab_tiles else 4) + statistics.asked + 3 * entropy_grad) * wide * tokens
+        keep = False if entropy_grad else self.keep_logit_grads
         for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
         trains = {
             "train_hidden": train_hidden,
@@ -184,25 +190,25 @@ class Plan:
 
         if full_vocab_tiles:
             # Kept tiles are multiplied with rows that are made for it.
-            gathers = (not in_place, not in_place or bool(self.keep_logit_grads))
+            gathers = (not in_place, not in_place or bool(keep))
             cost_forward, cost_whole, cost_backward = triton_bytes.tile_bytes(
                 hidden_size, v, dtype, train_hidden=train_hidden, cast=cast, cpu=cpu, gathers=gathers
             )
             forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
         else:
             cost_forward, cost_backward = torch_bytes.tile_bytes(
-                hidden_size, dtype, softcap=softcap, has_adapter=has_adapter, cpu=cpu
+                hidden_size, dtype, softcap=softcap, has_adapter=has_adapter, cpu=cpu, statistics=statistics
             )
             cost_whole, block = cost_backward, min(_CPU_BLOCK if cpu else _GPU_BLOCK, v)
             forward = largest(for_tiles, cost_forward, max(tokens, 1), block, _CPU_CHUNK if cpu else None)
 
         keep_rows = row_kept = 0
-        if train_weight and self.keep_logit_grads and forward is not None:
+        if train_weight and keep and forward is not None:
             if full_vocab_tiles:
                 row_kept = triton_bytes.kept_bytes(v, dtype)
             else:
                 row_kept = torch_bytes.kept_bytes(v, dtype, forward[1])
-            keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
+            keep_rows = tokens if keep is True else min(tokens, int(keep) // row_kept)
 
         backward: tuple[int, int] | None = (0, 0)
         if train_weight and full_vocab_tiles:
@@ -217,14 +223,14 @@ class Plan:
             raise self._too_small(numbers + least, device, f"N={tokens}, D={hidden_size}, V={vocab_size}, {dtype}")
         for_backward = (cost_whole if backward[0] >= tokens else cost_backward).of(*backward)
         kept_share = keep_rows / tokens if tokens else 0.0
-        row_saved = _saved_bytes(hidden_size, wide, wide if cpu else item, train_hidden, train_weight)
+        row_saved = _saved_bytes(hidden_size, wide, wide if cpu else item, train_hidden, train_weight, entropy_grad)
         return Schedule(
             *forward,
             *backward,
             keep_rows,
             library + numbers + max(cost_forward.of(*forward), for_backward),
             tokens * row_saved + keep_rows * row_kept,
-            2.0 if train_hidden else 1.0,
+            (3.0 if entropy_grad else 2.0) if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
             "triton" if full_vocab_tiles else "torch",
             *traffic.moved(
@@ -246,7 +252,11 @@ def _moved_backward(sizes: tuple[int, int, int, int], trains: dict[str, bool], c
     return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
 
 
-def _saved_bytes(hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool) -> int:
+def _saved_bytes(
+    hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool, entropy_grad: bool
+) -> int:
     """What autograd holds of a token, kept logit gradients aside. of_u: bytes of a number of u."""
     row = 2 * wide + 8 if train_hidden or train_weight else 0  # 1 - p, log-prob, row
-    return row + (hidden_size * of_u if train_hidden else 0) + (wide + 8 if train_weight else 0)  # logsumexp, target
+    vectors = (1 + entropy_grad) * hidden_size * of_u if train_hidden else 0
+    slopes = 2 * wide * entropy_grad if train_weight else 0
+    return row + vectors + slopes + (wide + 8 if train_weight else 0)  # logsumexp, target

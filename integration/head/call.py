@@ -1,15 +1,16 @@
 """One call of a model's head, answered with log-probabilities.
 
     head, requested:   logps = linear_logps(hidden, weight, targets)      kept in the request
-                       logps, placeholders = fork(logps)                  placeholders [..., 7]: known numbers
+                       placeholders, logps = fork(placeholders, logps)    placeholders [..., 7]: known numbers
                        return placeholders                                in the place of the logits
-    after the model:   logps = join(logps, outputs.logits)                sends zeros back through the logits
+    after the model:   logps = join(outputs.logits, logps)                sends zeros back through the logits
 
 Fork and join make one path of the two. Hooks on module outputs (FSDP, ZeRO, DDP) fire in the backward only if
 a gradient arrives at the model's output; fork's backward needs both gradients, so it, and with it the head's,
 cannot run before those hooks. The values of `logits` carry no numbers of ours: soft-caps and output casts would
 change them. They carry seven known ones (`logit_transform.PLACEHOLDERS`). Seven columns rather than one, because one
-would broadcast against a bias or an adapter's output without an error.
+would broadcast against a bias or an adapter's output without an error. An entropy with a gradient goes the same way
+beside logps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from orpo_kernels.linear_logps import head_options, scored_logps
+from orpo_kernels.autograd import HeadOptions
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
+from orpo_kernels.linear_logps import head_options
+from orpo_kernels.linear_token_stats import TokenStats, at_temperature, scored_token_stats
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
 
@@ -37,8 +41,9 @@ class Request:
 
     targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
-    mean_logits_over: see `ModelLogps.logps`. only_placeholders: score nothing; answered: it has returned them.
-    steps: the layers of an adapted head, from the last to the one being called. adapters: what each has added.
+    mean_logits_over: see `ModelLogps.logps`; wanted, temperature: see `ModelLogps.token_stats`.
+    only_placeholders: score nothing; answered: it has returned them. adapters: what each layer of an adapted head has
+    added; steps: those layers, from the last to the one being called.
     """
 
     targets: Tensor
@@ -49,10 +54,12 @@ class Request:
     transform: Transform
     plan: Plan | None
     mean_logits_over: Tensor | Sequence[Tensor] | None
+    wanted: Statistics = NO_STATISTICS
+    temperature: float = 1.0
     only_placeholders: bool = False
     calls: int = 0
     answered: bool = False
-    logps: Tensor | None = None
+    answer: TokenStats | None = None
     mean_logits: Tensor | None = None
     steps: list[Step] = field(default_factory=list, init=False)
     adapters: list[LowRank] = field(default_factory=list, init=False)
@@ -91,28 +98,37 @@ class Request:
             return _like_input(_placeholders(hidden, wide), input)
         scale, softcap = self.transform
         joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
-        logps = self._score(joined, weight, bias, adapter)
+        answer = self._score(joined, weight, bias, adapter)
         if self.mean_logits_over is not None and softcap is None:
             self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
-        self.logps, placeholders = _Fork.apply(logps, _placeholders(hidden, logps.dtype))
+        placeholders, self.answer = _through(_Fork, _placeholders(hidden, answer.logps.dtype), answer, self.wanted)
         return _like_input(placeholders, input)
 
-    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> Tensor:
+    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> TokenStats:
         scale, softcap = self.transform
         options = head_options(
             hidden, weight, bias=bias, logit_scale=scale, softcap=softcap, plan=self.plan, adapter=adapter
         )
-        if torch.compiler.is_compiling():
+        options = at_temperature(options, self.temperature)
+        if torch.compiler.is_compiling() and not self.wanted.asked:
             # How many tokens are scored is data: the operator selects them itself, so that one graph serves all.
             from orpo_kernels.compiled import compiled_linear_logps
 
             targets = self.targets.to(hidden.device)
             rows = None if self.rows is None else self.rows.to(hidden.device)
-            return compiled_linear_logps(hidden, weight, bias, targets, rows, self.ignore_index, options, adapter)
+            return TokenStats(
+                compiled_linear_logps(hidden, weight, bias, targets, rows, self.ignore_index, options, adapter)
+            )
+        return self._score_eagerly(hidden, weight, bias, adapter, options)
+
+    @torch.compiler.disable  # the compiled operator gives log-probabilities alone
+    def _score_eagerly(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, options: HeadOptions
+    ) -> TokenStats:
         scored = self.scored
         if scored.targets.device != hidden.device:
             scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
-        return scored_logps(hidden, weight, bias, scored, self.targets.shape, options, adapter)
+        return scored_token_stats(hidden, weight, bias, scored, self.targets.shape, options, adapter, self.wanted)
 
 
 # The request in force. Kept in the module rather than on the model: a compiled model must not specialise on it.
@@ -162,9 +178,22 @@ def _name(model: Any) -> str:
     return type(getattr(model, "__self__", model)).__name__
 
 
-def join(logps: Tensor, logits: Tensor) -> Tensor:
-    """logps on the device of logits; logits get a gradient of zeros."""
-    return _Join.apply(logps, logits)
+def join(logits: Tensor, answer: TokenStats, wanted: Statistics) -> TokenStats:
+    """The answer on the device of logits; logits get a gradient of zeros."""
+    device = logits.device
+    _, joined = _through(_Join, logits, answer, wanted)
+    return TokenStats(*(x if x is None else x.to(device) for x in joined))
+
+
+def _through(
+    function: type[torch.autograd.Function], logits: Tensor, answer: TokenStats, wanted: Statistics
+) -> tuple[Tensor, TokenStats]:
+    """_Fork or _Join of what has a gradient in the answer."""
+    if wanted.entropy_grad:
+        logits, logps, entropy = function.apply(logits, answer.logps, answer.entropy)
+        return logits, answer._replace(logps=logps, entropy=entropy)
+    logits, logps = function.apply(logits, answer.logps)
+    return logits, answer._replace(logps=logps)
 
 
 def check_shape(seen: torch.Size, expected: torch.Size) -> None:
@@ -177,28 +206,30 @@ def check_shape(seen: torch.Size, expected: torch.Size) -> None:
 
 
 class _Fork(torch.autograd.Function):
-    """(logps, placeholders) -> the same; the gradient of logps waits for the placeholders', which is dropped."""
+    """(placeholders, values) -> the same; the values' gradients wait for the placeholders', which is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, logps: Tensor, placeholders: Tensor) -> tuple[Tensor, Tensor]:
-        return logps.clone(), placeholders.clone()
+    def forward(ctx: Any, placeholders: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return placeholders.clone(), *(value.clone() for value in values)
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, grad_placeholders: Tensor) -> tuple[Tensor, None]:
-        return grad_logps, None
+    def backward(ctx: Any, grad_placeholders: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads
 
 
 class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, logits: Tensor) -> Tensor:
-        ctx.device = logps.device
-        ctx.like = (logits.shape, logits.dtype, logits.device)
-        return logps.to(logits.device, copy=True)
+    """(logits, values) -> the same, the values on the device of the logits, whose gradient is zero."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, *values: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.device = values[0].device
+        ctx.like = (logits.shape, logits.dtype, logits.device)
+        return None, *(value.to(logits.device, copy=True) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logits: None, *grads: Tensor) -> tuple[Tensor, ...]:
         shape, dtype, device = ctx.like
-        return grad.to(ctx.device), torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device), *(grad.to(ctx.device) for grad in grads)
 
 
 def _placeholders(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from orpo_kernels.kernels import torch_path
 from orpo_kernels.kernels.interface import Backend, Head
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
 def choose(
-    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool, in_place: bool = False
+    plan: Plan,
+    head: Head,
+    tokens: int,
+    *,
+    train_hidden: bool,
+    train_weight: bool,
+    in_place: bool = False,
+    statistics: Statistics = NO_STATISTICS,
 ) -> tuple[Backend, Schedule]:
-    """The backend and the loop sizes. in_place: as for `Plan.schedule`."""
+    """The backend and the loop sizes. in_place, statistics: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_vocab_tiles: bool) -> Schedule:
@@ -35,9 +43,11 @@ def choose(
             has_adapter=head.adapter is not None,
             cast=head.weight.dtype != head.compute_dtype,
             in_place=in_place,
+            statistics=statistics,
         )
 
-    chosen = fitting(schedule, kernels=why_not_triton(head) is None)
+    # TEMP: the kernels do not have statistics yet.
+    chosen = fitting(schedule, kernels=why_not_triton(head) is None and not statistics.asked)
     if chosen.path == "torch":
         return torch_path, chosen
     from orpo_kernels.kernels import triton_path

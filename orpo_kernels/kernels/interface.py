@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics, TokenStatistics
 from orpo_kernels.plan import Schedule
 
 
@@ -101,6 +102,17 @@ class Forward(NamedTuple):
     lse: Tensor
     u: Tensor | None
     kept: KeptLogitGrads | None
+    statistics: TokenStatistics = TokenStatistics()
+
+
+class EntropyGradient(NamedTuple):
+    """What an upstream gradient of the entropy adds to the gradient of the logits, in the accumulation dtype [N].
+
+    With it, `coefficient` is a competitor's: dLoss/dz_v = -q_v (coefficient + per_nat log q_v), and dLoss/dz_y = own.
+    """
+
+    own: Tensor
+    per_nat: Tensor
 
 
 class HeadGradients(NamedTuple):
@@ -114,8 +126,10 @@ class HeadGradients(NamedTuple):
 class Backend(Protocol):
     """What a backend's module holds."""
 
-    def forward(self, tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
-        """The terms of every token's log-probability, and u where it is wanted."""
+    def forward(
+        self, tokens: Tokens, head: Head, schedule: Schedule, want_u: bool, wanted: Statistics = NO_STATISTICS
+    ) -> Forward:
+        """The terms of every token's log-probability, u where it is wanted, and the statistics that are."""
 
     def weight_gradient(
         self,
@@ -128,9 +142,11 @@ class Backend(Protocol):
         want_weight: bool,
         want_bias: bool,
         want_adapter: bool = False,
+        entropy: EntropyGradient | None = None,
     ) -> HeadGradients:
         """The head's gradients.
 
         coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
         times 1 - p(target). kept: its values are let go as they are used, so that their memory can serve the gradient.
+        entropy: given only where nothing is kept.
         """
