@@ -42,12 +42,14 @@ class ModelLogps:
 
     model: as given to `attach`, or a wrapper put around it later (accelerate, DDP): pass that to `logps`.
     transform: what the model does to its logits after the head; None until the first batch told.
+    in_fp32: multiply in fp32, outside autocast, whatever the head and its input are in. False until set.
     """
 
     def __init__(self, model: nn.Module, plan: Plan | None = None) -> None:
         self.model = model
         self.plan = plan
         self.transform: Transform | None = None
+        self.in_fp32 = False
         self.head, self.adapters = head_and_adapters(model)
         patch(self.head, forward)
         patch_adapters(self.adapters, forward)
@@ -152,7 +154,7 @@ class ModelLogps:
         scored = select_scored(targets, vocab_size, num_rows, ignore_index=ignore_index, rows=rows)
         request = Request(
             targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over, wanted,
-            temperature,
+            temperature, self.in_fp32,
         )  # fmt: skip
         if self.transform is None:
             _say_if_tied(self.model, self.head)

@@ -42,6 +42,7 @@ class Request:
     targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
     mean_logits_over: see `ModelLogps.logps`; wanted, temperature: see `ModelLogps.token_stats`.
+    in_fp32: see `ModelLogps`.
     only_placeholders: score nothing; answered: it has returned them. adapters: what each layer of an adapted head has
     added; steps: those layers, from the last to the one being called.
     """
@@ -56,6 +57,7 @@ class Request:
     mean_logits_over: Tensor | Sequence[Tensor] | None
     wanted: Statistics = NO_STATISTICS
     temperature: float = 1.0
+    in_fp32: bool = False
     only_placeholders: bool = False
     calls: int = 0
     answered: bool = False
@@ -86,6 +88,8 @@ class Request:
                 "called once can stand in for the logits"
             )
         hidden, weight, bias = _plain_tensors(head, input)
+        if self.in_fp32:
+            hidden, weight, bias = (x if x is None else _at_least_fp32(x) for x in (hidden, weight, bias))
         if self.rows is None:
             check_shape(hidden.shape[:-1], self.targets.shape)
         elif not torch.compiler.is_compiling():
@@ -98,7 +102,9 @@ class Request:
             return _like_input(_placeholders(hidden, wide), input)
         scale, softcap = self.transform
         joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
-        answer = self._score(joined, weight, bias, adapter)
+        device = hidden.device.type
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.in_fp32):
+            answer = self._score(joined, weight, bias, adapter)
         if self.mean_logits_over is not None and softcap is None:
             self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
         placeholders, self.answer = _through(_Fork, _placeholders(hidden, answer.logps.dtype), answer, self.wanted)
@@ -270,6 +276,10 @@ def gathered(tensor: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
     return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _like_input(placeholders: Tensor, input: Any) -> Tensor:

@@ -173,7 +173,7 @@ def _settings(model: nn.Module) -> dict[str, Any] | None:
     if ours is not None:
         return {
             "temperature": ours.temperature,
-            "cast_lm_head_to_fp32": ours.cast_to_fp32,
+            "cast_lm_head_to_fp32": ours.logps.in_fp32,
             "outputs": ours.statistics,
         }
     function: Any = model.forward

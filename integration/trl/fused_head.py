@@ -41,13 +41,12 @@ class FusedHead:
     """One model's answers to `fused_lm_head=True`.
 
     beneath: what stood in the model's `forward`, where that was more than the class's own.
-    temperature, cast_to_fp32, statistics: as `trl.trainer.utils.add_fused_lm_head` takes them.
+    temperature, statistics: as `trl.trainer.utils.add_fused_lm_head` takes them.
     entropy_grad: whether the loss holds the entropies. batches: how padded batches are laid out; None: as they are.
     """
 
     logps: ModelLogps
     temperature: float = 1.0
-    cast_to_fp32: bool = False
     statistics: tuple[str, ...] = ()
     entropy_grad: bool = False
     batches: BatchLayout | None = None
@@ -126,8 +125,9 @@ def put_on(
         raise ValueError(f"outputs={outputs}: {', '.join(sorted(unknown))} is none of log_probs, {names}")
     statistics = tuple(name for name in _STATISTICS if name in outputs)
     logps = attach(model, plan)
+    logps.in_fp32 = cast_to_fp32
     batches = None if layout == "padded" else BatchLayout(logps, layout, row_length, _everywhere)
-    head = FusedHead(logps, temperature, cast_to_fp32, statistics, entropy_grad, batches)
+    head = FusedHead(logps, temperature, statistics, entropy_grad and "entropy" in statistics, batches)
     heads = vars(model).setdefault(_HEADS, [])
     present = vars(model).get("forward")
     if heads and getattr(getattr(present, "__func__", None), "_orpo_level", None) == len(heads) - 1:
