@@ -202,11 +202,21 @@ class _Constant(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, logps: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return entropy.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(
-            "the loss holds the entropies, whose gradient costs a product more and was not computed: pass "
-            "entropy_grad=True to use() or accelerate()"
-        )
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is not None:  # wrappers send zeros to outputs that a loss does not hold
+            none = ~grad.any()
+            if grad.is_cuda:
+                torch._assert_async(none, _HELD)  # no wait for the device
+            elif not bool(none):
+                raise RuntimeError(_HELD)
+        return None, None
+
+
+_HELD = (
+    "the loss holds the entropies, whose gradient costs a product more and was not computed: pass entropy_grad=True to "
+    "use() or accelerate()"
+)

@@ -40,7 +40,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "KTO": ("KTO", {}),
     "KTO apo_zero_unpaired": ("KTO", {"loss_type": "apo_zero_unpaired"}),
     "GRPO, entropy bonus": ("GRPO", {"entropy_coef": 0.05}),
-    "GRPO, KL": ("GRPO", {"beta": 0.04, "num_iterations": 2, "top_entropy_quantile": 0.5}),
+    "GRPO, KL": ("GRPO", {"beta": 0.04, "num_iterations": 2}),
     "RLOO": ("RLOO", {}),
 }
 # All loss types in three runs: each step's loss is their sum.
@@ -116,7 +116,7 @@ def test_five_steps(name: str, model: str, adapted: bool, tmp_path: Path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("name", "model", "adapted"), product(DPO | OTHERS, MODELS, (False, True)))
+@pytest.mark.parametrize(("name", "model", "adapted"), list(product(DPO | OTHERS, MODELS, (False, True))))
 def test_five_steps_of_all(name: str, model: str, adapted: bool, tmp_path: Path):
     same_as_stock(name, model, adapted, tmp_path)
 
@@ -189,3 +189,66 @@ def test_entropy_has_a_gradient_where_the_trainer_wants_it(tmp_path: Path):
     assert not head_on(make("GRPO", llama(), tmp_path).model).entropy_grad
     use(entropy_grad=True)
     assert head_on(make("RLOO", llama(), tmp_path).model).entropy_grad
+
+
+# ---- without padding, each prompt once ----
+
+
+@pytest.mark.shows(
+    "Trainers",
+    "TRL `use(packing=True)`: {name}",
+    "5 steps: losses, gradient norms, every logged metric and the first gradients against stock TRL on padded rows",
+)
+@pytest.mark.parametrize(
+    ("name", "model", "adapted", "more"),
+    [
+        ("DPO sigmoid", "llama", False, {}),
+        ("DPO WPO", "gemma2", True, {"packing_length": 40}),
+        ("DPO sigmoid", "llama", True, {"share_prefix": False}),
+        ("KTO", "llama", False, {}),
+        ("GRPO, entropy bonus", "llama", False, {}),
+        ("RLOO", "gemma2", True, {}),
+        ("SFT", "llama", False, {}),
+    ],
+)
+def test_rows_without_padding(name: str, model: str, adapted: bool, more: dict[str, Any], tmp_path: Path):
+    found, expected = compare(name, model, lora(adapted), tmp_path, {"packing": True} | more)
+    measured(**check_same(found, expected))
+    head = head_on(found.trainer.accelerator.unwrap_model(found.trainer.model).get_base_model()) if adapted else None
+    head = head or head_on(found.trainer.model)
+    assert head.batches.gate.name == ("packed" if "share_prefix" in more else "shared")
+
+
+def tokens_computed(trainer: Any) -> int:
+    """What the layers of a trainer's model are given in its training steps."""
+    seen = []
+    layers = trainer.accelerator.unwrap_model(trainer.model).model
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            seen.append(ids.numel())
+
+    layers.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    return seen[-1]
+
+
+def test_a_groups_prompt_is_computed_once(tmp_path: Path):
+    options = {"max_steps": 2, "num_generations": 4, "max_completion_length": 6}
+    stock = tokens_computed(make("GRPO", llama(), tmp_path, **options))
+    with use(packing=True):
+        trainer = make("GRPO", llama(), tmp_path, **options)
+    found = tokens_computed(trainer)
+    inputs = trainer._buffered_inputs[0]
+    prompt, completions = inputs["prompt_mask"].sum(1), inputs["completion_mask"].sum()
+    assert stock == 4 * (inputs["prompt_mask"].shape[1] + inputs["completion_mask"].shape[1])
+    assert found <= int(prompt[0] + completions) < stock
+
+
+def test_a_model_that_cannot_have_it_trains_padded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with use(packing=True):
+        trainer = make("DPO", llama(attention_dropout=0.1), tmp_path, max_steps=1)
+    run(trainer)
+    assert head_on(trainer.model).batches.gate.name == "padded"
+    assert "batches are padded, not shared" in caplog.text
