@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_kernels.bench.peers.interface import Found, Loss, Peer, Unavailable
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
+from orpo_kernels.kernels.naive import logps_of_logits, naive_logits
 
 
 def full_logits(
@@ -27,10 +28,8 @@ def full_logits(
     beta: float,
     statistics: bool = False,
 ) -> Found:
-    logits = F.linear(hidden, weight)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), union.flatten(), reduction="none").view(union.shape)
+    logits = naive_logits(hidden, weight, softcap=softcap)
+    logps = logps_of_logits(logits, union)
     found = _statistics(logits.detach(), union) if statistics else None
     return Found(trl_objective(logps, targets, nll_targets, beta), logps, found)
 
@@ -38,7 +37,7 @@ def full_logits(
 def _statistics(logits: Tensor, union: Tensor) -> list[Tensor]:
     """As one writes them, on the scored positions."""
     scored = union != IGNORED
-    z = logits[scored].float()
+    z = logits[scored]
     logp = z.log_softmax(-1)
     every = (-(logp.exp() * logp).sum(-1), (2 * logp).logsumexp(-1), z.mean(-1), z.argmax(-1) == union[scored])
     return [torch.zeros(union.shape, device=z.device).masked_scatter(scored, x.float()) for x in every]
