@@ -26,7 +26,7 @@ from orpo_kernels.autograd import HeadOptions
 from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
-from orpo_kernels.linear_logps import answers
+from orpo_kernels.linear_logps import scored_token_stats
 from orpo_kernels.plan import _CPU_LIBRARY, MIB, Schedule
 from orpo_kernels.tokens import RowGroups, ScoredTokens
 
@@ -184,7 +184,7 @@ def measure(s: Shapes) -> Measured:
     inputs = [hidden, weight, bias, adapter, targets, rows, *(groups[:4] if groups is not None else ())]
     with Allocations(*inputs) as forward:
         scored = ScoredTokens(rows if s.layout == "ignored" else None, targets, rows, groups)
-        found = answers(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter, s.statistics)
+        found = scored_token_stats(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter, s.statistics)
     # Now, while what is saved is still held.
     forward_scratch, forward_largest = forward.scratch(), forward.largest()
     if not s.train:

@@ -177,7 +177,7 @@ def join(logits: Tensor, answer: TokenStats, wanted: Statistics) -> TokenStats:
     """The answer on the device of logits; logits get a gradient of zeros."""
     device = logits.device
     _, joined = _through(_Join, logits, answer, wanted)
-    return TokenStats(*(x if x is None else x.to(device) for x in joined))
+    return joined.map(lambda x: x.to(device))
 
 
 def _through(

@@ -18,7 +18,7 @@ def _build(problem: Problem, plan: Plan) -> Loss:
             found = linear_token_stats(
                 inputs.hidden, inputs.weight, inputs.scored_targets, softcap=inputs.softcap, plan=plan
             )
-            return Found(objective(inputs, found.logps), found.logps, found[1:])
+            return Found(objective(inputs, found.logps), found.logps, [x for x in found[1:] if x is not None])
         logps = linear_logps(inputs.hidden, inputs.weight, inputs.scored_targets, softcap=inputs.softcap, plan=plan)
         return Found(objective(inputs, logps), logps)
 
