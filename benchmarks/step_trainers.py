@@ -113,7 +113,7 @@ def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, st
         texts = _rendered(row, tokenizer)
         tokenized = tokenize_pair(texts, tokenizer, None)
         # TRL also puts a BOS token before a prompt that has none.
-        if max(len(tokenized[f"{side}_input_ids"]) for side in ("chosen", "rejected")) < specification["max_length"]:
+        if tokenized["length"] < specification["max_length"]:
             found.append(texts)
         if len(found) == needed:
             return found

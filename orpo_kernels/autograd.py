@@ -8,7 +8,7 @@ vector of its own beside `u_t` (see `kernels.statistics`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +55,28 @@ class Needs(NamedTuple):
         return self.weight or self.bias or self.adapter
 
 
-class Answer(NamedTuple):
-    """What is known of the scored tokens [N], in the accumulation dtype, is_top1 bool; None where not asked for."""
+class TokenStats(NamedTuple):
+    """Of every target's distribution softmax(z), in fp32 (fp64 for fp64 inputs), shaped like the targets.
+
+    All are 0 (False) where a target is ignored, and None where not asked for.
+
+    logps: log p(target), nats.
+    entropy: -sum p log p, nats.
+    log_sum_sq_probs: log sum p^2 (minus the Renyi entropy of order 2), without gradient.
+    mean_logits: the mean of z over the vocabulary, without gradient.
+    is_top1: bool, whether the target is argmax z: of equal logits it is the first, as torch and TRL have it.
+    """
 
     logps: Tensor
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        """The same with `function` applied to all that is there."""
+        logps, *others = self
+        return TokenStats(function(logps), *(None if x is None else function(x) for x in others))
 
 
 class SavedEntropy(NamedTuple):
@@ -85,7 +99,7 @@ class Saved(NamedTuple):
 
 def logps_forward(
     tokens: Tokens, head: Head, plan: Plan, needs: Needs, wanted: Statistics = NO_STATISTICS
-) -> tuple[Answer, Saved]:
+) -> tuple[TokenStats, Saved]:
     """Log-probabilities and statistics of the scored tokens, and what their backward needs."""
     backend, schedule = _choose(tokens, head, plan, needs, wanted, train_weight=needs.head)
     with torch.autocast(tokens.hidden.device.type, enabled=False):
@@ -96,7 +110,7 @@ def logps_forward(
             slopes = entropy_slopes(out.log_odds, found.entropy) if needs.head else (None, None)
             entropy = SavedEntropy(found.entropy_u, *slopes)
         saved = Saved(torch.sigmoid(-out.log_odds), out.lse, out.u, out.kept, entropy)
-        return Answer(logps, *found[:4]), saved
+        return TokenStats(logps, *found[:4]), saved
 
 
 def hidden_gradient(
@@ -242,7 +256,7 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def _backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
         order, unique, starts, counts, one_minus_p, lse, u, entropy_u, own, level, reference, *values = rest
         del rest

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from orpo_kernels.autograd import Answer, HeadOptions, LinearLogps, Needs
+from orpo_kernels.autograd import HeadOptions, LinearLogps, Needs, TokenStats
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens, select_scored
@@ -77,10 +77,10 @@ def scored_logps(
     adapter: [V, r], a low-rank update beside the weight, in any floating dtype: hidden is then [..., D + r], the
     adapter's input behind the head's.
     """
-    return answers(hidden, weight, bias, scored, shape, options, adapter, NO_STATISTICS).logps
+    return scored_token_stats(hidden, weight, bias, scored, shape, options, adapter, NO_STATISTICS).logps
 
 
-def answers(
+def scored_token_stats(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -89,9 +89,9 @@ def answers(
     options: HeadOptions,
     adapter: Tensor | None,
     wanted: Statistics,
-) -> Answer:
-    """Log-probabilities and the statistics `wanted` of selected tokens, shaped like the targets; as `scored_logps`."""
-    found = LinearLogps.apply(
+) -> TokenStats:
+    """`linear_token_stats` for tokens that have been selected already; arguments as of `scored_logps`."""
+    logps, *statistics = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -104,12 +104,12 @@ def answers(
         wanted,
     )
 
-    def placed(x: Tensor | None) -> Tensor | None:
-        if x is None or scored.positions is None:
-            return None if x is None else x.view(shape)
+    def placed(x: Tensor) -> Tensor:
+        if scored.positions is None:
+            return x.view(shape)
         return x.new_zeros(math.prod(shape)).index_copy(0, scored.positions, x).view(shape)
 
-    return Answer(*map(placed, found))
+    return TokenStats(logps, *statistics).map(placed)
 
 
 def head_options(

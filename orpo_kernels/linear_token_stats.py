@@ -9,37 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.autograd import HeadOptions
+from orpo_kernels.autograd import HeadOptions, TokenStats
 from orpo_kernels.kernels.statistics import Statistics
-from orpo_kernels.linear_logps import answers, check_targets, head_options
+from orpo_kernels.linear_logps import check_targets, head_options, scored_token_stats
 from orpo_kernels.plan import Plan
-from orpo_kernels.tokens import ScoredTokens, select_scored
+from orpo_kernels.tokens import select_scored
 
+__all__ = ["STATISTICS", "TokenStats", "linear_token_stats", "scored_token_stats"]
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-class TokenStats(NamedTuple):
-    """Of every target's distribution softmax(z), in fp32 (fp64 for fp64 inputs), shaped like the targets.
-
-    All are 0 (False) where a target is ignored, and None where not asked for.
-
-    logps: log p(target), nats.
-    entropy: -sum p log p, nats.
-    log_sum_sq_probs: log sum p^2 (minus the Renyi entropy of order 2), without gradient.
-    mean_logits: the mean of z over the vocabulary, without gradient.
-    is_top1: bool, whether the target is argmax z: of equal logits it is the first, as torch and TRL have it.
-    """
-
-    logps: Tensor
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
 
 
 def linear_token_stats(
@@ -77,20 +58,6 @@ def linear_token_stats(
     return _select_and_score(hidden, weight, bias, targets, rows, ignore_index, options, wanted)
 
 
-def scored_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scored: ScoredTokens,
-    shape: torch.Size,
-    options: HeadOptions,
-    adapter: Tensor | None,
-    wanted: Statistics,
-) -> TokenStats:
-    """`linear_token_stats` for tokens that have been selected already; arguments as of `linear_logps.scored_logps`."""
-    return TokenStats(*answers(hidden, weight, bias, scored, shape, options, adapter, wanted))
-
-
 @torch.compiler.disable  # the compiled operator gives log-probabilities alone
 def _select_and_score(
     hidden: Tensor,
@@ -115,7 +82,7 @@ def statistics_of(statistics: Collection[str], entropy_grad: bool) -> Statistics
             raise ValueError(f"statistics holds {name!r}: it must be some of {', '.join(map(repr, STATISTICS))}")
     if entropy_grad and "entropy" not in names:
         raise ValueError(f"entropy_grad=True with statistics={names}: add 'entropy' to them")
-    return Statistics(*(name in names for name in STATISTICS), entropy_grad=bool(entropy_grad))
+    return Statistics(**{name: name in names for name in STATISTICS}, entropy_grad=bool(entropy_grad))
 
 
 def check_temperature(temperature: float) -> None:

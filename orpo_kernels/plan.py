@@ -177,8 +177,10 @@ class Plan:
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
         # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
         # on their way from logps to logits.
+        # Statistics are put in place; the kernels' moments stay until all are finished, by a dozen numbers each.
         entropy_grad = statistics.entropy_grad and (train_hidden or train_weight)
-        numbers = ((6 if full_vocab_tiles else 4) + statistics.asked + 3 * entropy_grad) * wide * tokens
+        of_statistics = (12 if full_vocab_tiles and statistics.asked else 0) + statistics.asked + 3 * entropy_grad
+        numbers = ((6 if full_vocab_tiles else 4) + of_statistics) * wide * tokens
         keep = False if entropy_grad else self.keep_logit_grads
         for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
         trains = {
@@ -192,7 +194,14 @@ class Plan:
             # Kept tiles are multiplied with rows that are made for it.
             gathers = (not in_place, not in_place or bool(keep))
             cost_forward, cost_whole, cost_backward = triton_bytes.tile_bytes(
-                hidden_size, v, dtype, train_hidden=train_hidden, cast=cast, cpu=cpu, gathers=gathers
+                hidden_size,
+                v,
+                dtype,
+                train_hidden=train_hidden,
+                cast=cast,
+                cpu=cpu,
+                gathers=gathers,
+                statistics=statistics.asked,
             )
             forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
         else:

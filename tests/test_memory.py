@@ -25,7 +25,8 @@ from orpo_kernels import Plan, linear_logps
 from orpo_kernels.autograd import HeadOptions
 from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
-from orpo_kernels.linear_logps import scored_logps
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
+from orpo_kernels.linear_logps import scored_token_stats
 from orpo_kernels.plan import _CPU_LIBRARY, MIB, Schedule
 from orpo_kernels.tokens import RowGroups, ScoredTokens
 
@@ -113,6 +114,7 @@ class Shapes:
     softcap: float | None = None
     autocast: torch.dtype | None = None
     rank: int = 0
+    statistics: Statistics = NO_STATISTICS
 
 
 @dataclass(frozen=True)
@@ -177,19 +179,21 @@ def measure(s: Shapes) -> Measured:
         train_weight="weight" in s.train or "adapter" in s.train,
         softcap=s.softcap is not None,
         has_adapter=adapter is not None,
+        statistics=s.statistics,
     )
     inputs = [hidden, weight, bias, adapter, targets, rows, *(groups[:4] if groups is not None else ())]
     with Allocations(*inputs) as forward:
         scored = ScoredTokens(rows if s.layout == "ignored" else None, targets, rows, groups)
-        logps = scored_logps(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter)
+        found = scored_token_stats(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter, s.statistics)
     # Now, while what is saved is still held.
     forward_scratch, forward_largest = forward.scratch(), forward.largest()
     if not s.train:
         return Measured(schedule, forward_scratch, 0, forward_largest)
-    upstream = torch.ones_like(logps)
-    with Allocations(*inputs, upstream) as backward:
+    results = [found.logps, *([found.entropy] if s.statistics.entropy_grad else [])]
+    upstream = [torch.ones_like(x) for x in results]
+    with Allocations(*inputs, *upstream) as backward:
         trained = [x for x in (hidden, weight, bias, adapter) if x is not None and x.requires_grad]
-        gradients = torch.autograd.grad(logps, trained, upstream)
+        gradients = torch.autograd.grad(results, trained, upstream)
     measured = Measured(schedule, forward_scratch, backward.scratch(), max(forward_largest, backward.largest()))
     del gradients
     return measured
@@ -277,6 +281,38 @@ def test_products_of_16_bit_operands(
         plan = Plan(scratch_bytes=scratch, keep_logit_grads=keep)
         shapes = Shapes(1500, 512, 20000, dtype, device=fake_gpu, train=train, plan=plan, **variant)
         assert_within_budget(shapes)
+
+
+STATISTICS = {"statistics": Statistics(True, True, True, True), "bias": True}
+ENTROPY_GRAD = {
+    "statistics": Statistics(True, True, True, True, entropy_grad=True),
+    "softcap": 30.0,
+    "layout": "repeated",
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "mode"),
+    [
+        (torch.bfloat16, STATISTICS, "evaluation"),
+        (torch.float32, STATISTICS, "trained head, kept"),
+        (torch.bfloat16, ENTROPY_GRAD, "trained head"),
+        (torch.float32, ENTROPY_GRAD, "trained head, kept"),
+    ],
+)
+def test_small_budget_with_statistics(dtype: torch.dtype, variant: dict[str, Any], mode: str, fake: None) -> None:
+    train, keep = MODES[mode]
+    plan = Plan(scratch_bytes=2 * MIB, keep_logit_grads=keep)
+    measured = assert_within_budget(Shapes(400, 256, 2000, dtype, train=train, plan=plan, **variant))
+    assert measured.largest < 400 * 2000
+    assert (measured.schedule.keep_rows > 0) == (bool(keep) and variant is STATISTICS)
+
+
+@pytest.mark.parametrize("variant", [STATISTICS, ENTROPY_GRAD], ids=["statistics", "entropy's gradient"])
+def test_statistics_of_16_bit_products(variant: dict[str, Any], fake_gpu: str) -> None:
+    plan = Plan(scratch_bytes=16 * MIB)
+    train = ("hidden", "weight")
+    assert_within_budget(Shapes(1500, 512, 20000, torch.float16, device=fake_gpu, train=train, plan=plan, **variant))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 10, 100, 1000, 10_000, 100_000])

@@ -89,7 +89,8 @@ class Request:
             )
         hidden, weight, bias = _plain_tensors(head, input)
         if self.in_fp32:
-            hidden, weight, bias = (x if x is None else _at_least_fp32(x) for x in (hidden, weight, bias))
+            hidden, weight = _at_least_fp32(hidden), _at_least_fp32(weight)
+            bias = None if bias is None else _at_least_fp32(bias)
         if self.rows is None:
             check_shape(hidden.shape[:-1], self.targets.shape)
         elif not torch.compiler.is_compiling():
@@ -188,7 +189,7 @@ def join(logits: Tensor, answer: TokenStats, wanted: Statistics) -> TokenStats:
     """The answer on the device of logits; logits get a gradient of zeros."""
     device = logits.device
     _, joined = _through(_Join, logits, answer, wanted)
-    return TokenStats(*(x if x is None else x.to(device) for x in joined))
+    return joined.map(lambda x: x.to(device))
 
 
 def _through(

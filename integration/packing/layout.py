@@ -31,12 +31,12 @@ from torch import Tensor
 
 from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED
 
+from ..batches import FlatBatch, TokenizedRow
 from .placing import common_start, place, run
 from .segments import Segments
 
 Name = Literal["padded", "packed", "shared"]
 NllOver = Literal["prompt+chosen", "chosen"]
-_SIDES = ("chosen", "rejected")
 _FEW = 2
 
 
@@ -49,7 +49,7 @@ class Layout:
     """
 
     name: Name
-    pairs: tuple[Mapping[str, Any], ...]
+    pairs: tuple[TokenizedRow, ...]
     segments: Segments | None
     row_length: int | None
     nll_over: NllOver
@@ -62,19 +62,15 @@ class Layout:
     @property
     def lengths(self) -> list[int]:
         """[2B] tokens of each sequence, chosen ones then rejected ones: what cuts `places` into theirs."""
-        return [len(pair[f"{side}_input_ids"]) for side in _SIDES for pair in self.pairs]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths)
+        chosen = [len(pair["chosen_input_ids"]) for pair in self.pairs]
+        return chosen + [len(pair["rejected_input_ids"]) for pair in self.pairs]
 
     def few(self) -> Layout:
         """The longest pairs: they are likeliest to be longer than a window."""
-        longest = sorted(self.pairs, key=lambda row: -max(len(row[f"{side}_input_ids"]) for side in _SIDES))
+        longest = sorted(self.pairs, key=lambda row: -max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])))
         return replace(self, pairs=tuple(longest[:_FEW]), segments=None)
 
-    def again(self, name: Name) -> dict[str, Any]:
+    def laid_out_as(self, name: Name) -> FlatBatch:
         """The batch of the same pairs in another layout."""
         return lay_out(
             name,
@@ -115,12 +111,12 @@ def asked_for(packing: bool | str, share_prefix: bool | str, packing_length: int
 
 def lay_out(
     name: Name,
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[TokenizedRow],
     *,
     row_length: int | None = None,
     nll_over: NllOver = "prompt+chosen",
     padding_value: int = 0,
-) -> dict[str, Any]:
+) -> FlatBatch:
     """`pad_pairs` or `pack_pairs`, by the layout's name."""
     if name == "padded":
         return pad_pairs(batch, nll_over=nll_over, padding_value=padding_value)
@@ -128,13 +124,13 @@ def lay_out(
 
 
 def pack_pairs(
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[TokenizedRow],
     share_prefix: bool,
     *,
     row_length: int | None = None,
     nll_over: NllOver = "prompt+chosen",
     padding_value: int = 0,
-) -> dict[str, Any]:
+) -> FlatBatch:
     """B tokenised pairs (rows of `data.tokenize_pair`) in rows without padding between them.
 
     batch: the pairs; their order is that of `pair`.
@@ -155,13 +151,12 @@ def pack_pairs(
     both = [[index, len(pairs) + index] for index in range(len(pairs))]
     units = both if share_prefix else [[at] for pair in both for at in pair]
 
-    def named(unit: list[int]) -> str:
+    def named(unit: Sequence[int]) -> str:
         side, index = divmod(unit[0], len(pairs))
         return f"pair {index}" if share_prefix else f"{('chosen', 'rejected')[side]} sequence of pair {index}"
 
     places, (rows, length), segments = place(sequences, units, row_length, named)
-    laid = _tensors(pairs, places, (rows, length), nll_over, padding_value)
-    laid["layout"] = Layout(
+    layout = Layout(
         "shared" if share_prefix else "packed",
         tuple(batch),
         segments,
@@ -169,12 +164,12 @@ def pack_pairs(
         nll_over,
         padding_value,
     )
-    return laid
+    return _batch(layout, pairs, places, (rows, length))
 
 
 def pad_pairs(
-    batch: Sequence[Mapping[str, Any]], *, nll_over: NllOver = "prompt+chosen", padding_value: int = 0
-) -> dict[str, Any]:
+    batch: Sequence[TokenizedRow], *, nll_over: NllOver = "prompt+chosen", padding_value: int = 0
+) -> FlatBatch:
     """The padded rows of `PreferenceCollator` with the flat description; any model takes them.
 
     Returns what `pack_pairs` does, with an `attention_mask` [2B, T].
@@ -184,23 +179,21 @@ def pad_pairs(
     length = max(1, *map(len, sequences))
     places = [run(index * length, len(ids)) for index, ids in enumerate(sequences)]
     shape = (len(sequences), length)
-    laid = _tensors(pairs, places, shape, nll_over, padding_value)
+    laid = _batch(Layout("padded", tuple(batch), None, None, nll_over, padding_value), pairs, places, shape)
     laid["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
     laid["attention_mask"].view(-1)[torch.cat(places)] = 1
-    laid["layout"] = Layout("padded", tuple(batch), None, None, nll_over, padding_value)
     return laid
 
 
-def sides(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def sequence_places(batch: FlatBatch) -> tuple[Tensor, ...]:
     """The flattened places of each sequence's tokens, prompt included, chosen ones then rejected ones.
 
     batch: as `pack_pairs` makes it.
     """
-    layout: Layout = batch["layout"]
-    return batch["places"].split(layout.lengths)
+    return batch["places"].split(batch["layout"].lengths)
 
 
-def tokens_a_step(rows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[Name, float]:
+def tokens_a_step(rows: Sequence[TokenizedRow], batch_size: int) -> dict[Name, float]:
     """Mean tokens that a model computes for a batch of `batch_size` pairs, by layout, in the order of `rows`."""
     padded = packed = shared = batches = 0
     for start in range(0, len(rows), batch_size):
@@ -226,17 +219,15 @@ def sequence_of(row: Mapping[str, Any], side: str) -> tuple[Tensor, int]:
     return torch.as_tensor(ids, dtype=torch.int64), int(prompt_length)
 
 
-def _read(batch: Sequence[Mapping[str, Any]]) -> list[_Pair]:
+def _read(batch: Sequence[TokenizedRow]) -> list[_Pair]:
     if not batch:
         raise ValueError("the batch has no rows: a layout needs at least one pair")
     return [_Pair(*sequence_of(row, "chosen"), *sequence_of(row, "rejected")) for row in batch]
 
 
-def _tensors(
-    pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int], nll_over: NllOver, padding_value: int
-) -> dict[str, Any]:
-    """The tensors of a layout, from the flattened places of each sequence's tokens, chosen then rejected."""
-    input_ids = torch.full(shape, padding_value, dtype=torch.int64)
+def _batch(layout: Layout, pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int]) -> FlatBatch:
+    """The batch of a layout, from the flattened places of each sequence's tokens, chosen then rejected."""
+    input_ids = torch.full(shape, layout.padding_value, dtype=torch.int64)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     flat: dict[str, list[Tensor]] = {"rows": [], "targets": [], "pair": [], "kind": []}
     sequences = [(pair.chosen, pair.chosen_prompt, CHOSEN) for pair in pairs]
@@ -246,13 +237,20 @@ def _tensors(
         position_ids.view(-1)[where] = torch.arange(len(ids))
         # Nothing predicts a sequence's first token.
         completion = max(prompt, 1)
-        first = 1 if kind == CHOSEN and nll_over == "prompt+chosen" else completion
+        first = 1 if kind == CHOSEN and layout.nll_over == "prompt+chosen" else completion
         kinds = torch.full((max(len(ids) - first, 0),), kind)
         kinds[: completion - first] = PROMPT
         flat["rows"].append(where[first - 1 : -1] if len(ids) else where)
         flat["targets"].append(ids[first:])
         flat["pair"].append(torch.full_like(kinds, index % len(pairs)))
         flat["kind"].append(kinds)
-    return {"input_ids": input_ids, "position_ids": position_ids, "places": torch.cat(places)} | {
-        name: torch.cat(parts) for name, parts in flat.items()
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "places": torch.cat(places),
+        "rows": torch.cat(flat["rows"]),
+        "targets": torch.cat(flat["targets"]),
+        "pair": torch.cat(flat["pair"]),
+        "kind": torch.cat(flat["kind"]),
+        "layout": layout,
     }

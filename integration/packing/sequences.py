@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batches import SequenceBatch
 from .layout import Name
 from .placing import place, run
 from .segments import Segments
@@ -39,7 +40,7 @@ class SequenceLayout:
     row_length: int | None = None
     padding_value: int = 0
 
-    def again(self, name: Name) -> dict[str, Any]:
+    def laid_out_as(self, name: Name) -> SequenceBatch:
         """The batch of the same sequences in another layout."""
         return lay_out_sequences(name, self.sequences, self.groups, self.row_length, self.padding_value)
 
@@ -59,7 +60,7 @@ def lay_out_sequences(
     groups: Sequence[Sequence[int]],
     row_length: int | None = None,
     padding_value: int = 0,
-) -> dict[str, Any]:
+) -> SequenceBatch:
     """`input_ids` and `position_ids` [rows, T] int64 (padded: `attention_mask` too), `places` [M] int64, a sequence's
     after the other's, M the tokens of all; `rows` and `targets` [N] of every token but a sequence's first; `layout`.
 
@@ -72,22 +73,21 @@ def lay_out_sequences(
     else:
         units = list(groups) if name == "shared" else [(at,) for group in groups for at in group]
         places, (rows, length), segments = place(sequences, units, row_length, _named)
-    batch = {
-        "input_ids": torch.full((rows, length), padding_value, dtype=torch.int64),
-        "position_ids": torch.zeros((rows, length), dtype=torch.int64),
-        "attention_mask": torch.zeros((rows, length), dtype=torch.int64),
-    }
+    input_ids = torch.full((rows, length), padding_value, dtype=torch.int64)
+    position_ids, attention_mask = (torch.zeros((rows, length), dtype=torch.int64) for _ in range(2))
     for ids, where in zip(sequences, places, strict=True):
-        batch["input_ids"].view(-1)[where] = ids
-        batch["position_ids"].view(-1)[where] = torch.arange(len(ids))
-        batch["attention_mask"].view(-1)[where] = 1
-    return batch | {
+        input_ids.view(-1)[where] = ids
+        position_ids.view(-1)[where] = torch.arange(len(ids))
+        attention_mask.view(-1)[where] = 1
+    kept = tuple(map(tuple, groups))
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
         "places": torch.cat(places),
         "rows": torch.cat([where[:-1] for where in places]),
         "targets": torch.cat([ids[1:] for ids in sequences]),
-        "layout": SequenceLayout(
-            name, tuple(sequences), tuple(map(tuple, groups)), segments, row_length, padding_value
-        ),
+        "layout": SequenceLayout(name, tuple(sequences), kept, segments, row_length, padding_value),
     }
 
 

@@ -98,14 +98,14 @@ def accelerate(
     """
     options = Options(plan, entropy_grad, asked_for(packing, share_prefix, packing_length), packing_length)
     models = [model for name in ("model", "ref_model") if (model := getattr(trainer, name, None)) is not None]
-    settings = [_settings(_inner(model)) for model in models]
-    if not models or None in settings:
+    settings = [found for model in models if (found := _settings(_inner(model))) is not None]
+    if not models or len(settings) < len(models):
         raise ValueError(
             f"{type(trainer).__name__} has no head of TRL's on its model: give one of TRL's SFT, DPO, KTO, GRPO or "
             "RLOO trainers; for ORPO and CPO import ORPOTrainer or CPOTrainer from orpo_kernels.integration.trl"
         )
     for model, given in zip(models, settings, strict=True):
-        _put(_inner(model), options, trainer, **given)
+        _put(_inner(model), options, trainer, given)
     return trainer
 
 
@@ -119,26 +119,19 @@ def add_fused_lm_head(
     caller = inspect.currentframe()
     trainer = None if caller is None or caller.f_back is None else caller.f_back.f_locals.get("self")
     given = {"temperature": temperature, "cast_lm_head_to_fp32": cast_lm_head_to_fp32, "outputs": outputs}
-    _put(model, _options or Options(), trainer, **given)
+    _put(model, _options or Options(), trainer, given)
 
 
-def _put(
-    model: nn.Module,
-    options: Options,
-    trainer: Any,
-    *,
-    temperature: float,
-    cast_lm_head_to_fp32: bool,
-    outputs: tuple[str, ...],
-) -> None:
+def _put(model: nn.Module, options: Options, trainer: Any, given: dict[str, Any]) -> None:
+    """given: the arguments of `add_fused_lm_head`."""
     entropy_grad = options.entropy_grad
     if entropy_grad is None:
         entropy_grad = bool(getattr(trainer, "_entropy_bonus_enabled", False))
     put_on(
         model,
-        temperature,
-        cast_lm_head_to_fp32,
-        outputs,
+        given["temperature"],
+        given["cast_lm_head_to_fp32"],
+        given["outputs"],
         entropy_grad=entropy_grad,
         plan=options.plan,
         layout=options.layout,

@@ -27,7 +27,8 @@ from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.plan import Plan
 
 from ..lm_head import ModelLogps, attach
-from ..packing.batches import BatchLayout
+from ..packing.batch_layout import BatchLayout
+from ..packing.gate import LayoutGate
 from ..packing.layout import Name
 from ..packing.sequences import groups_of
 
@@ -65,13 +66,13 @@ class FusedHead:
         inputs: dict[str, Any],
     ) -> FusedCausalLMOutput:
         """labels: [B, T], aligned with the inputs; or targets [B, T], shifted already, in their place."""
-        if labels is None and targets is None:
-            raise ValueError("fused_lm_head=True was passed without labels: there is nothing to score; pass labels")
         config = model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             inputs.setdefault("output_router_logits", True)
         kept = slice(None) if targets is not None else slice(-1)  # TRL leaves out the place that predicts nothing
         if targets is None:
+            if labels is None:
+                raise ValueError("fused_lm_head=True was passed without labels: there is nothing to score; pass labels")
             targets = shift_labels(labels)
         plain, inputs["use_cache"] = self.plain(model), False
         laid = None
@@ -126,7 +127,7 @@ def put_on(
     statistics = tuple(name for name in _STATISTICS if name in outputs)
     logps = attach(model, plan)
     logps.in_fp32 = cast_to_fp32
-    batches = None if layout == "padded" else BatchLayout(logps, layout, row_length, _everywhere)
+    batches = None if layout == "padded" else BatchLayout(LayoutGate(logps, _everywhere), layout, row_length)
     head = FusedHead(logps, temperature, statistics, entropy_grad and "entropy" in statistics, batches)
     heads = vars(model).setdefault(_HEADS, [])
     present = vars(model).get("forward")

@@ -49,6 +49,7 @@ from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
 
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import merge_targets, orpo_from_logps
+from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
@@ -61,13 +62,13 @@ from ..data.dataset import (
     truncate_pair,
 )
 from ..data.limits import Limits
-from ..lm_head import ModelLogps, attach
-from ..metrics import pair_metrics, pair_rows
-from ..packing.batches import BatchLayout
+from ..metrics import for_metrics, pair_metrics, pair_rows
+from ..packing.batch_layout import BatchLayout
 from ..packing.layout import asked_for
 from ..training.arguments import refuse_label_smoothing
 from ..training.dropout import disable_dropout
 from ..training.evaluation_rows import EvaluationRows
+from ..training.head_access import HeadAccess, read_streams_everywhere
 from ..training.row_order import RowOrder
 from ..training.running import RunningMean, whole_batches
 from .rows import Sets, Stream, check_row, has_scored_token, mappable
@@ -82,7 +83,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
+class _HeadLogps(HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any
@@ -105,16 +106,12 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
         self.plan = plan
         self.layout = asked_for(packing, share_prefix, packing_length)
         self.packing_length = packing_length
-        self._logps: ModelLogps | None = None
-        self._batches: BatchLayout | None = None
         self._eval_rows: list[Tensor] = []
         if args is not None:
             refuse_label_smoothing(args)
+            read_streams_everywhere(args)
         refuse_splits(train_dataset, "train_dataset")
         tokenizer = options.get("processing_class", more[0] if more else None)
-        if args is not None and args.accelerator_config.dispatch_batches is None:
-            # Batches of a stream differ in length, so that one process could not cut them for all the others.
-            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model,
             args,
@@ -172,7 +169,9 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
             return super().tokenize_row(feature, model)
         tokenizer = self.processing_class
         bos = tokenizer.bos_token_id
-        row = tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
+        row: dict[str, Any] = dict(
+            tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
+        )
         for side in _SIDES:
             ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
             # TRL ends every answer with the EOS token, also after a template's end of turn and line end.
@@ -215,27 +214,19 @@ class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
             if prompt_nll:
                 nll_targets = shift_labels(ids.masked_fill(mask != 1, -100)[: len(ids) // 2])
                 mean_logits_over[:, -1] = False
-        if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
-            self._logps = attach(self.model, self.plan)
-            self._batches = BatchLayout(
-                self._logps, self.layout, self.packing_length, self._everywhere, padding_value or 0
-            )
-        assert self._batches is not None
         merged = merge_targets(targets, nll_targets)
-        half = len(ids) // 2
-        pairs = [(index, half + index) for index in range(half)]
-        laid = None if self.is_encoder_decoder else self._batches.lay_out(arguments, merged, lambda _: pairs, model)
-        if laid is not None:
-            arguments, mean_logits_over = laid
+        if not self.is_encoder_decoder:
+            half = len(ids) // 2
+            pairs = [(index, half + index) for index in range(half)]
+            batches = BatchLayout(self.layout_gate, self.layout, self.packing_length, padding_value or 0)
+            laid = batches.lay_out(arguments, merged, lambda _: pairs, model)
+            if laid is not None:
+                arguments, mean_logits_over = laid
         arguments["mean_logits_over"] = mean_logits_over
-        logps, outputs = self._logps.logps(merged, model=model, **arguments)
+        logps, outputs = self.head_logps.logps(merged, model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
-
-    def _everywhere(self, verdict: bool) -> bool:
-        """Whether all processes say so."""
-        return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
@@ -265,7 +256,8 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         if train_eval == "train":
             means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes
             return loss, dict(zip(metrics, means, strict=True))
-        rows = pair_rows(logps, targets, nll_targets, mean_logits, aux_loss=aux_loss)
+        of = PairSums.of_targets(for_metrics(logps), targets, nll_targets)
+        rows = pair_rows(of, mean_logits, aux_loss=aux_loss)
         self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
         # TRL's prediction_step hands the logits on as predictions, whether or not they are known.
         unknown = dict.fromkeys(("logits/chosen", "logits/rejected"), loss.new_tensor(torch.nan))

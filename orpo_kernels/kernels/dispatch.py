@@ -46,8 +46,8 @@ def choose(
             statistics=statistics,
         )
 
-    # TEMP: the kernels do not have statistics yet.
-    chosen = fitting(schedule, kernels=why_not_triton(head) is None and not statistics.asked)
+    # The kernels have no epilogue for a gradient of the entropy.
+    chosen = fitting(schedule, kernels=why_not_triton(head) is None and not statistics.entropy_grad)
     if chosen.path == "torch":
         return torch_path, chosen
     from orpo_kernels.kernels import triton_path

@@ -58,7 +58,9 @@ def forward(
     assert log_odds is not None
     assert lse is not None
     statistics = TokenStatistics(
-        *(numbers(asked) for asked in wanted[:3]),
+        numbers(wanted.entropy),
+        numbers(wanted.log_sum_sq_probs),
+        numbers(wanted.mean_logits),
         numbers(wanted.is_top1, torch.bool),
         rows(wanted.entropy_grad and want_u),
     )

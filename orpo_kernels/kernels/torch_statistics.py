@@ -49,7 +49,7 @@ class RunningStatistics:
         if z.is_cuda or not torch.equal(tied, torch.zeros_like(tied)):
             assert self.tile is not None
             place = self.tile[: z.numel()].view(z.shape)
-            torch.where(torch.arange(z.shape[1], device=z.device) < at, z, -torch.inf, out=place)
+            torch.where(torch.arange(z.shape[1], device=z.device) < at, z, z.new_full((), -torch.inf), out=place)
             before = torch.where(tied, place.amax(1), before)
         self.before = torch.maximum(self.before, before)
 

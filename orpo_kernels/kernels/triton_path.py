@@ -5,7 +5,7 @@ Forward, for a chunk of tokens:
     target_kernel   z_y and the first base of every row, once for all chunks
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and the log-odds
-    slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
+    slow lane       base, E and S (and moments) of rows that the first pass could not hold; see `slow_lane`
     E W             by the library, in fp32
     u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
 
@@ -28,12 +28,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
-from orpo_kernels.kernels.interface import Forward, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.kernels.interface import EntropyGradient, Forward, Head, HeadGradients, KeptLogitGrads, Tokens
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
 from orpo_kernels.kernels.triton_bytes import DTYPES
+from orpo_kernels.kernels.triton_statistics import GatheredStatistics
 from orpo_kernels.plan import Schedule
 
 # Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
@@ -61,7 +63,13 @@ def supports(head: Head, tokens_device: torch.device) -> str | None:
 
 
 def forward(
-    tokens: Tokens, head: Head, schedule: Schedule, want_u: bool, *, config: TileConfig | None = None
+    tokens: Tokens,
+    head: Head,
+    schedule: Schedule,
+    want_u: bool,
+    wanted: Statistics = NO_STATISTICS,
+    *,
+    config: TileConfig | None = None,
 ) -> Forward:
     """Log-probability terms of every token; see `interface` for the symbols and shapes.
 
@@ -79,6 +87,7 @@ def forward(
     what = "exponentials" if want_u else "sums"
     config = config or _default_config(head, what, min(n, schedule.forward_chunk))
     launch = _Launcher(head, config)
+    statistics = GatheredStatistics(wanted, n, v, device)
     log_odds = torch.empty(n, dtype=torch.float32, device=device)
     lse = torch.empty(n, dtype=torch.float32, device=device)
     u = torch.empty(n, d, dtype=dtype, device=device) if want_u else None
@@ -101,10 +110,12 @@ def forward(
                 tile = scratch[: y.numel(), :v]
             slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(log_odds[chunk])
             numbers = (base, target[:, chunk], total, log_odds[chunk], lse[chunk])
-            partial = launch.sums(hidden, rows, y, base, tile)
+            planes = statistics.planes(launch.n_v, y.numel())
+            partial = launch.sums(hidden, rows, y, base, tile, planes, statistics.mask)
             launch.finish_sums(partial, *numbers)
-            launch.slow_lane(hidden, rows, y, base, total, tile, partial)
+            launch.slow_lane(hidden, rows, y, base, total, tile, partial, planes, statistics.mask)
             launch.finish_sums(partial, *numbers, again=True)
+            statistics.add(planes, launch.n_v, chunk, target[0, chunk], total)
             if u is not None and tile is not None:
                 product = _add_product(None, tile, launch.weight, u[chunk])
                 launch.finish_u(product, y, slope_y, total, u[chunk])
@@ -113,8 +124,8 @@ def forward(
                 kept.reference[chunk, 0] = base * math.log(2)
                 own = -total * (slope_y / launch.left_out)
                 tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
-            del hidden, partial  # Before the next chunk's are made.
-    return Forward(log_odds, lse, u, kept)
+            del hidden, partial, planes  # Before the next chunk's are made.
+        return Forward(log_odds, lse, u, kept, statistics.finish(log_odds))
 
 
 def weight_gradient(
@@ -127,11 +138,13 @@ def weight_gradient(
     want_weight: bool,
     want_bias: bool,
     want_adapter: bool = False,
+    entropy: EntropyGradient | None = None,
     *,
     config: TileConfig | None = None,
 ) -> HeadGradients:
     """See `interface.Backend`. A weight of another dtype than the compute dtype is cast a block at a time."""
     assert not want_adapter, "`supports` refuses a head with an adapter"
+    assert entropy is None, "`dispatch` takes a gradient of the entropy to the torch path"
     n, v = tokens.targets.numel(), head.weight.shape[0]
     device, dtype, wide = head.weight.device, head.compute_dtype, torch.float32
     d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
@@ -240,11 +253,23 @@ class _Launcher:
         )  # fmt: skip
         return numbers[:2], numbers[2], numbers[3]
 
-    def sums(self, hidden: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, tile: Tensor | None) -> Tensor:
-        """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None."""
+    def sums(
+        self,
+        hidden: Tensor,
+        rows: Tensor | None,
+        y: Tensor,
+        base: Tensor,
+        tile: Tensor | None,
+        planes: Tensor | None = None,
+        wanted: int = 0,
+    ) -> Tensor:
+        """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None.
+
+        planes, wanted: where each tile's statistics go, and which (`tile_statistics`).
+        """
         partial = torch.empty(self.n_v, y.numel(), dtype=torch.float32, device=y.device)
         epilogue = SUMS if tile is None else EXPONENTIALS
-        self._tiles(epilogue, hidden, rows, y, base, None, tile, partial)
+        self._tiles(epilogue, hidden, rows, y, base, None, tile, partial, planes, wanted)
         return partial
 
     def finish_sums(
@@ -272,8 +297,10 @@ class _Launcher:
         total: Tensor,
         tile: Tensor | None,
         partial: Tensor,
+        planes: Tensor | None = None,
+        wanted: int = 0,
     ) -> None:
-        """Replaces the base [C], tile [C, V] and partial sums [n_v, C] of abnormal rows."""
+        """Replaces the base [C], tile [C, V], partial sums [n_v, C] and statistics' moments of abnormal rows."""
         c = y.numel()
         slices = min(_SLICES, self.n_v)
 
@@ -281,16 +308,16 @@ class _Launcher:
         block_c = max(self.config.block_c // 2, min(self.config.block_c, 64))
         shape = {**self.shape, "BC": block_c, "num_warps": 8}
 
-        def launch(epilogue: Any, stored: Tensor | None) -> None:
+        def launch(epilogue: Any, stored: Tensor | None, wanted: int) -> None:
             slow_kernel[(triton.cdiv(c, shape["BC"]), slices)](
-                hidden, rows, self.weight, self.bias, y, base, total, stored, partial,
+                hidden, rows, self.weight, self.bias, y, base, total, stored, partial, planes,
                 *hidden.stride(), *self.weight.stride(), 0 if stored is None else stored.stride(0),
-                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, SLICES=slices, **shape,
+                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, WANTED=wanted, SLICES=slices, **shape,
             )  # fmt: skip
 
-        launch(MAXIMA, None)
+        launch(MAXIMA, None, 0)
         maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
-        launch(EXPONENTIALS, tile)
+        launch(EXPONENTIALS, tile, wanted)
 
     def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
         """u [C, D] from the product E W [C, D] in fp32, which may be the same memory."""
@@ -322,6 +349,8 @@ class _Launcher:
         c_s: Tensor | None,
         tile: Tensor | None,
         sums: Tensor | None,
+        planes: Tensor | None = None,
+        wanted: int = 0,
     ) -> None:
         config, c = self.config, y.numel()
         tiles, programs = triton.cdiv(c, config.block_c) * self.n_v, 0
@@ -338,10 +367,10 @@ class _Launcher:
             whole = tile.as_strided((c, self.n_v * config.block_v), tile.stride())
             operands[2] = TensorDescriptor.from_tensor(whole, [config.block_c, config.block_v // 4])
         tile_kernel[(min(tiles, programs or tiles),)](
-            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums,
+            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums, planes,
             *hidden.stride(), *self.weight.stride(), 0 if tile is None else tile.stride(0),
             self.start, c, self.V, self.D, *self.transform,
-            EPILOGUE=epilogue, GROUP=config.group, PROGRAMS=programs, **self.shape,
+            EPILOGUE=epilogue, WANTED=wanted, GROUP=config.group, PROGRAMS=programs, **self.shape,
         )  # fmt: skip
 
 

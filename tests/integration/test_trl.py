@@ -261,7 +261,7 @@ def test_rows_without_padding(name, build, options, admitted, share_prefix, tmp_
         runs.append((trainer, steps(trainer), first.grads))
     (trainer, found, grads), (_, expected, expected_grads) = runs
     wanted = "packed" if share_prefix is False else "shared"
-    assert trainer._batches.gate.name == {True: wanted, False: "padded", None: None}[admitted]
+    assert trainer.layout_gate.name == {True: wanted, False: "padded", None: None}[admitted]
     assert sum("batches are padded" in record.message for record in caplog.records) == (admitted is False)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other, () if not admitted else ("logits/chosen", "logits/rejected"))
@@ -278,7 +278,7 @@ def test_mean_logits_without_padding(name, share_prefix, tmp_path):
     trainer = make(getattr(ours, name), llama().double(), tmp_path, **options)
     rows = list(trainer.train_dataset)[:3]
     _, metrics = trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator(rows))
-    assert trainer._batches.gate.name == ("shared" if share_prefix else "packed")
+    assert trainer.layout_gate.name == ("shared" if share_prefix else "packed")
     reference = llama().double()
     for side in ("chosen", "rejected"):
         with torch.no_grad():
@@ -347,7 +347,7 @@ def test_no_logits(tmp_path):
     trainer.train()
     trainer.evaluate()
     assert widths == {7}
-    assert trainer._logps.plan is plan
+    assert trainer.head_logps.plan is plan
 
 
 @pytest.mark.shows("Trainers", "TRL, bf16", "first gradients no further from float64 than twice stock TRL's")

@@ -14,7 +14,8 @@ from torch import Tensor
 from wrapping import VOCAB, tiny_llama
 
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.packing.batches import BatchLayout
+from orpo_kernels.integration.packing.batch_layout import BatchLayout
+from orpo_kernels.integration.packing.gate import LayoutGate
 from orpo_kernels.integration.packing.sequences import groups_of, lay_out_sequences, sequences_of
 
 
@@ -148,7 +149,7 @@ def scored(inputs: dict[str, Tensor]) -> Tensor:
 def test_padded_batches_come_back_as_they_were(row_length: int | None, left: int, everything_in_float64: None):
     model = tiny_llama().double()
     logps = attach(model)
-    batches = BatchLayout(logps, "shared", row_length)
+    batches = BatchLayout(LayoutGate(logps), "shared", row_length)
     inputs = padded(SEQUENCES, left)
     targets = scored(inputs)
     expected, _ = logps.logps(targets, use_cache=False, **inputs)
@@ -171,7 +172,7 @@ def test_padded_batches_come_back_as_they_were(row_length: int | None, left: int
     ],
 )
 def test_batches_of_more_than_tokens_stay_padded(more: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture):
-    batches = BatchLayout(attach(tiny_llama()), "shared")
+    batches = BatchLayout(LayoutGate(attach(tiny_llama())), "shared")
     inputs = padded(SEQUENCES)
     targets = scored(inputs)
     assert batches.lay_out(inputs | more, targets, lambda _: GROUPS) is None
@@ -181,7 +182,7 @@ def test_batches_of_more_than_tokens_stay_padded(more: dict[str, Any], reason: s
 
 
 def test_an_odd_batch_stays_padded_by_itself():
-    batches = BatchLayout(attach(tiny_llama()), "shared")
+    batches = BatchLayout(LayoutGate(attach(tiny_llama())), "shared")
     inputs = padded(SEQUENCES, left=2)
     targets = scored(inputs)
     assert batches.lay_out(inputs, targets, lambda _: GROUPS) is not None
@@ -191,7 +192,7 @@ def test_an_odd_batch_stays_padded_by_itself():
 
 
 def test_one_process_with_odd_batches_speaks_for_all(caplog: pytest.LogCaptureFixture):
-    batches = BatchLayout(attach(tiny_llama()), "shared", everywhere=lambda verdict: False)
+    batches = BatchLayout(LayoutGate(attach(tiny_llama()), lambda verdict: False), "shared")
     inputs = padded(SEQUENCES)
     assert batches.lay_out(inputs, scored(inputs), lambda _: GROUPS) is None
     assert "another process has batches that cannot be laid out" in caplog.text

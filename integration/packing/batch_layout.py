@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..lm_head import ModelLogps
 from .gate import LayoutGate, model_inputs, moved
 from .layout import Name
 from .sequences import lay_out_sequences, sequences_of
@@ -22,25 +21,16 @@ _HARMLESS = {"use_cache", "return_dict"}
 
 
 class BatchLayout:
-    """Lays padded batches out for the model behind `logps`.
+    """Lays padded batches out for the model behind a gate.
 
-    name: the layout to have. row_length: most tokens a row; None: one row a batch.
-    everywhere: turns this process's verdict into that of all of them; by default there is only one.
+    name: the layout to have. row_length: most tokens a row; None: one row a batch. padding_value: a token id.
     """
 
-    def __init__(
-        self,
-        logps: ModelLogps,
-        name: Name,
-        row_length: int | None = None,
-        everywhere: Callable[[bool], bool] = bool,
-        padding_value: int = 0,
-    ) -> None:
+    def __init__(self, gate: LayoutGate, name: Name, row_length: int | None = None, padding_value: int = 0) -> None:
+        self.gate = gate
         self.name = name
         self.row_length = row_length
-        self.everywhere = everywhere
         self.padding_value = padding_value
-        self.gate = LayoutGate(logps, everywhere)
 
     def lay_out(
         self,
@@ -56,7 +46,8 @@ class BatchLayout:
         aligned with the hidden states, -100 where nothing is scored. groups: from the sequences to which of them
         begin alike. model: the wrapped model to call, as for `ModelLogps.logps`.
         """
-        if "padded" in (self.name, self.gate.name):
+        name = self.gate.name or self.name  # what was refused is not laid out again
+        if name == "padded":
             return None
         reason = _odd(inputs)
         sequences = None if reason else sequences_of(inputs["input_ids"], inputs["attention_mask"])
@@ -64,12 +55,12 @@ class BatchLayout:
             reason = reason or "padding stands between tokens"
         elif bool(((targets != -100) & (inputs["attention_mask"] != 1)).any()):
             reason = "a token is scored from padding"
-        if self.gate.name is None and not self.everywhere(reason is None):
-            self.gate.decline(self.name, reason or "another process has batches that cannot be laid out")
+        if self.gate.name is None and not self.gate.everywhere(reason is None):
+            self.gate.decline(name, reason or "another process has batches that cannot be laid out")
         if reason is not None or sequences is None or self.gate.name == "padded":
             return None
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        batch = lay_out_sequences(self.name, sequences, groups(sequences), self.row_length, self.padding_value)
+        batch = lay_out_sequences(name, sequences, groups(sequences), self.row_length, self.padding_value)
         batch = self.gate.admit(moved(batch, ids.device), model)
         if batch["layout"].name == "padded":
             return None
