@@ -18,6 +18,7 @@ TARGETS = [configs.cuda_target(c) for c in (80, 86, 89, 90, 100, 120)] + [config
 KERNELS = {
     *("target", "sum", "maximum", "u"),
     *("tile sums", "tile exponentials", "tile gradient", "slow maxima", "slow sums", "slow exponentials"),
+    *("tile exponentials, stats", "slow exponentials, stats"),
 }
 
 
