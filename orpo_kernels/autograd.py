@@ -82,6 +82,12 @@ def logps_forward(
         return logps, Saved(torch.sigmoid(out.gap), out.lse, out.u, out.kept)
 
 
+def gradient_step(plan: Plan, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of D to take at a time: pieces small enough for the cache of a CPU, and for the budget."""
+    most = min(plan.budget(device) // 8, MIB if device.type == "cpu" else 64 * MIB)
+    return max(1, most // (hidden_size * dtype.itemsize))
+
+
 def hidden_gradient(
     shape: torch.Size,
     dtype: torch.dtype,
@@ -90,25 +96,24 @@ def hidden_gradient(
     rows: Tensor | None,
     groups: RowGroups | None,
     plan: Plan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """sum over the tokens t of each row of coefficient_t * u_t: [R, D], rounded once to `dtype`.
 
-    coefficient: [N] accumulation dtype, c_t * s_t.
+    coefficient: [N] accumulation dtype, c_t * s_t. out: memory for it; every row must then be some token's.
     """
     wide, device = coefficient.dtype, coefficient.device
-    # Pieces small enough for the cache of a CPU, and for the budget.
-    step = max(
-        1, min(plan.budget(device) // 8, MIB if device.type == "cpu" else 64 * MIB) // (shape[-1] * wide.itemsize)
-    )
-    if rows is None:
-        grad = torch.empty(shape, dtype=dtype, device=device)
+    step = gradient_step(plan, shape[-1], wide, device)
+    if rows is None and groups is None:
+        grad = torch.empty(shape, dtype=dtype, device=device) if out is None else out
         for start in range(0, u.shape[0], step):
             part = slice(start, start + step)
             torch.mul(u[part], coefficient[part, None], out=grad[part])
         return grad
 
-    grad = torch.zeros(shape, dtype=dtype, device=device)
+    grad = torch.zeros(shape, dtype=dtype, device=device) if out is None else out
     if groups is None:
+        assert rows is not None
         for start in range(0, u.shape[0], step):
             part = slice(start, start + step)
             grad.index_copy_(0, rows[part], (u[part] * coefficient[part, None]).to(dtype))

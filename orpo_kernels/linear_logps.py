@@ -52,7 +52,7 @@ def linear_logps(
     Raises ValueError or TypeError that names the argument, its value and what it must be.
     """
     options = head_options(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, plan=plan)
-    _check_targets(hidden, targets, rows)
+    check_targets(hidden, targets, rows)
     if torch.compiler.is_compiling():
         from orpo_kernels.compiled import compiled_linear_logps
 
@@ -111,8 +111,10 @@ def head_options(
     softcap: float | None,
     plan: Plan | None,
     adapter: Tensor | None = None,
+    is_slice: bool = False,
 ) -> HeadOptions:
-    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`."""
+    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`. is_slice: the
+    weight is one rank's rows, of which there may be none."""
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, D]")
     vocab_size, hidden_size = weight.shape
@@ -125,7 +127,7 @@ def head_options(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: the last size of hidden "
             f"must be weight's D={hidden_size}"
         )
-    if vocab_size == 0 or hidden_size == 0:
+    if (vocab_size == 0 and not is_slice) or hidden_size == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: V and D must be at least 1")
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be [V] = [{vocab_size}]")
@@ -163,7 +165,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     return hidden.dtype
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+def check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
     if targets.dtype not in _INTEGERS:
         raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer token ids (int64)")
     if targets.device != hidden.device:

@@ -5,6 +5,11 @@ A backend is a module with two functions:
     forward(tokens, head, schedule, want_u) -> Forward
     weight_gradient(tokens, head, coefficient, lse, kept, schedule, want_weight, want_bias) -> (dW, db)
 
+and, for a head that is a slice of a vocabulary (`vocab_parallel`), what comes before the forward and after it:
+
+    target_logits(tokens, head, schedule) -> TargetLogits, 0 where the target is -1
+    settle_kept(kept, tokens, head, lse)   makes what was kept fit L over the whole vocabulary, [N] fp64; in place
+
 The torch path also takes a head with an adapter, and gives that one's gradient beside the others.
 
 Both speak of *competitors*, the vocabulary entries other than the target: with `z = f(W h + b)`,
@@ -23,17 +28,29 @@ import torch
 from torch import Tensor
 
 
+class TargetLogits(NamedTuple):
+    """Of tokens whose head is a slice of a vocabulary.
+
+    value: [N] fp64, z_y, whichever slice has its row. slope: [N] accumulation dtype, f' there, 0 where another has.
+    """
+
+    value: Tensor
+    slope: Tensor
+
+
 class Tokens(NamedTuple):
     """The scored tokens.
 
     hidden: [R, D], any strides, its own dtype (cast to the head's compute dtype chunk by chunk).
     rows: [N] int64, the row of `hidden` that predicts each token; None when N == R and they correspond.
-    targets: [N] int64 in [0, V).
+    targets: [N] int64 in [0, V); -1 where the target is none of the head's rows, all of which then compete.
+    known: where the head is a slice of a vocabulary.
     """
 
     hidden: Tensor
     rows: Tensor | None
     targets: Tensor
+    known: TargetLogits | None = None
 
 
 class Head(NamedTuple):

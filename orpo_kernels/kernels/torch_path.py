@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.kernels.interface import Forward, Head, Kept, TargetLogits, Tokens
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.plan import MIB, Schedule
 
@@ -55,8 +55,11 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
         c = y.numel()
         reference = torch.full((c,), -torch.inf, dtype=wide, device=device)
         sums = torch.zeros(c, dtype=wide, device=device)
-        z_y = torch.zeros(c, dtype=wide, device=device)
-        slope_y = torch.full((c,), head.logit_scale, dtype=wide, device=device)
+        if tokens.known is None:
+            z_y = torch.zeros(c, dtype=wide, device=device)
+            slope_y = torch.full((c,), head.logit_scale, dtype=wide, device=device)
+        else:
+            z_y, slope_y = tokens.known.value[chunk].to(wide), tokens.known.slope[chunk]
         # Where u is as wide as the sum of products, the sum grows in its place.
         total = None
         if u is not None:
@@ -71,9 +74,10 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             z, slope = math.logits(h, w, columns, tile if own is None else own, want_slope=want_u or keep)
             at, inside = _target_columns(y, columns)
             z_at = z.gather(1, at)
-            z_y = torch.where(inside, z_at.squeeze(1), z_y)
+            if tokens.known is None:
+                z_y = torch.where(inside, z_at.squeeze(1), z_y)
             z.scatter_(1, at, z_at.masked_fill(inside[:, None], -torch.inf))
-            if slope is not None:
+            if slope is not None and tokens.known is None:
                 slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), slope_y)
 
             moved = _follow(reference, z.amax(1))
@@ -194,6 +198,39 @@ def weight_gradient(
     return (d_weight, d_bias) if head.adapter is None else (d_weight, d_bias, d_adapter)
 
 
+def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+    """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
+    math = _Products(head, head.weight.device)
+    n, wide = tokens.targets.numel(), head.accumulation_dtype
+    value = torch.zeros(n, dtype=torch.float64, device=head.weight.device)
+    slope = torch.zeros(n, dtype=wide, device=head.weight.device)
+    # A row's operands and their products take the room of its tile.
+    for part in chunks_of(n, max(1, schedule.forward_chunk // 4)):
+        y = tokens.targets[part]
+        for all_of, found in zip((value, slope), math.target_logits(math.hidden_rows(tokens, part), y), strict=True):
+            all_of[part] = torch.where(y < 0, 0.0, found)
+    return TargetLogits(value, slope)
+
+
+def settle_kept(kept: Kept, tokens: Tokens, head: Head, lse: Tensor) -> None:
+    """Nothing to do: the target's entry is put in by the gradient."""
+
+
+def settle_u(u: Tensor, tokens: Tokens, head: Head, own: Tensor, rest: Tensor, step: int) -> None:
+    """u [N, D] of a slice, in place, as its part of the whole vocabulary's u.
+
+    The forward gave `f'_y W[y] - (q_p f') W` with q_p over the slice's own competitors. The whole vocabulary's q is
+    `own` [N] times that, so this part is `own u + rest f'_y W[y]` with `rest` = 1 - own. step: tokens at a time.
+    """
+    assert tokens.known is not None
+    math = _Products(head, head.weight.device)
+    for part in chunks_of(u.shape[0], step):
+        total = u[part].to(math.wide).mul_(own[part, None])
+        math.add_target_rows(total, tokens.targets[part], rest[part].to(math.wide) * tokens.known.slope[part])
+        if u.dtype != math.wide:
+            u[part] = total
+
+
 class _Products:
     """Products whose operands are rounded to the compute dtype and whose results are wide."""
 
@@ -231,6 +268,7 @@ class _Products:
     def target_rows(self, y: Tensor) -> Tensor:
         """The targets' rows of the weight [C, D + r], rounded to the compute dtype, wide."""
         parts = [self.head.weight] + ([] if self.head.adapter is None else [self.head.adapter])
+        y = y.clamp_min(0)  # -1: none of the rows; the caller has a slope of 0 for it
         rows = [part.index_select(0, y).to(self.head.compute_dtype).to(self.wide) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
@@ -289,14 +327,16 @@ class _Products:
         """total += f'_y W[y]."""
         total.addcmul_(self.target_rows(y), slope_y[:, None])
 
-    def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
-        """f' at the target's logit under a soft-cap, from a row dot."""
+    def target_logits(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z and f' at the target [C], from a row dot."""
         head = self.head
-        assert head.softcap is not None
         x = (h.to(self.wide) * self.target_rows(y)).sum(1)
         if head.bias is not None:
-            x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
-        return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
+            x += head.bias.index_select(0, y.clamp_min(0)).to(head.compute_dtype).to(self.wide)
+        if head.softcap is None:
+            return x * head.logit_scale, torch.full_like(x, head.logit_scale)
+        bent = torch.tanh(x * (head.logit_scale / head.softcap))
+        return head.softcap * bent, head.logit_scale * (1 - bent.square())
 
 
 def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) -> Tensor | None:
@@ -304,7 +344,7 @@ def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) 
     parts = list(chunks_of(keep_rows, step))
     if not parts:
         return None
-    return torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
+    return torch.cat([math.target_logits(math.hidden_rows(tokens, p), tokens.targets[p])[1] for p in parts])
 
 
 def _kept_competitors(tile: Tensor, kept: Kept, chunk: slice, columns: slice, lse: Tensor) -> Tensor:
