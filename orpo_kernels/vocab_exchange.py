@@ -100,7 +100,9 @@ class HiddenGradient:
             self._work.wait()
         if self._places is not None:
             gradient = self._gradient
-            spread(gradient, self._places, gradient_step(self._plan, gradient.shape[1], gradient.dtype, gradient.device))
+            spread(
+                gradient, self._places, gradient_step(self._plan, gradient.shape[1], gradient.dtype, gradient.device)
+            )
         return self._gradient
 
 

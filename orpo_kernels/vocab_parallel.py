@@ -81,7 +81,9 @@ def vocab_parallel_logps(
     """
     if is_dtensor(weight):
         if group is not None or vocab_range is not None:
-            raise ValueError("group or vocab_range was given beside a DTensor weight, which has its own: leave them out")
+            raise ValueError(
+                "group or vocab_range was given beside a DTensor weight, which has its own: leave them out"
+            )
         part = slice_of_dtensor(weight, vocab_size)
         weight = local_rows(weight)
         bias = local_rows(bias)
@@ -266,9 +268,7 @@ class VocabParallelLogps(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, d_adapter, None, None
 
 
-def _head(
-    weight: Tensor, bias: Tensor | None, adapter: Tensor | None, options: HeadOptions, part: VocabSlice
-) -> Head:
+def _head(weight: Tensor, bias: Tensor | None, adapter: Tensor | None, options: HeadOptions, part: VocabSlice) -> Head:
     """This rank's head without padding."""
     bias, adapter = (None if x is None else x[: part.held] for x in (bias, adapter))
     return Head(weight[: part.held], bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
