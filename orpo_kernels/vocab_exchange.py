@@ -16,7 +16,7 @@ and `spread` moves them to their places afterwards.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def combine(own: Tensor, part: VocabSlice) -> Shares:
 
 
 class HiddenGradient:
-    """The gradient of hidden [R, D], this rank's part of which is computed at once and added to the others' by `result`.
+    """The gradient of hidden [R, D]: this rank's part is computed at once, and its sum over the ranks is `result`.
 
     rows, groups: as in `ScoredTokens`. ascending: the rows grow from token to token.
     all_reduce: False leaves this rank's part.

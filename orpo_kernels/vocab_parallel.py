@@ -1,13 +1,14 @@
 """The primitive on a head whose rows are spread over ranks: nothing gathers the weight, no rank does another's work.
 
-Rank p has the rows W_p of some entries of the vocabulary, and every rank has the same hidden states. With *competitors*,
-the entries other than the target (docs/how-it-works.md), all that a token needs of the other ranks is two numbers:
+Rank p has the rows W_p of some entries of the vocabulary, and every rank has the same hidden states. With
+*competitors*, the entries other than the target (docs/how-it-works.md), a token needs two numbers of all ranks:
 
     z_y    the target's logit, from the rank that has its row
     L      = log sum_p e^(L_p),  L_p over the competitors that rank p has
 
-from which log p = -softplus(L - z_y) and s = 1 - p follow everywhere. A rank runs the same kernels as one process does, on
-its slice: relative to z_y, and with a target that none of its rows matches where another rank has it. They give L_p and
+from which log p = logsigmoid(z_y - L) and s = 1 - p follow everywhere. A rank runs the same kernels as one process
+does, on its slice: relative to z_y, and with a target that none of its rows matches where another rank has it. They
+give L_p and
 
     u_p = [y in p] f'_y W[y] - (q_p f') W_p            q_p over the rank's own competitors
 
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orpo_kernels.autograd import HeadOptions, Needs, Saved, gradient_step, head_gradient
+from orpo_kernels.autograd import HeadOptions, Needs, Saved, choose_for, gradient_step, head_gradient, restore, save
 from orpo_kernels.kernels import torch_path
-from orpo_kernels.kernels.dispatch import choose, forward_head
-from orpo_kernels.kernels.interface import Head, Kept, Tokens
-from orpo_kernels.linear_logps import check_targets, head_options, needs_of
+from orpo_kernels.kernels.dispatch import forward_head
+from orpo_kernels.kernels.interface import Head, HeadGradients, Tokens
+from orpo_kernels.linear_logps import check_targets, head_options
 from orpo_kernels.plan import Plan
-from orpo_kernels.tokens import RowGroups, ScoredTokens, select_scored
+from orpo_kernels.tokens import ScoredTokens, select_scored
 from orpo_kernels.vocab_exchange import HiddenGradient, combine, share_target_logits
 from orpo_kernels.vocab_slice import VocabSlice, is_dtensor, slice_of_dtensor, slice_of_rows
 
@@ -60,8 +61,8 @@ def vocab_parallel_logps(
     """`linear_logps` under a head whose rows are spread over the ranks of a process group, all of which make the call.
 
     hidden: [..., D], the same on every rank of the group, as are targets and rows.
-    weight: [V_p, D], this rank's rows, or a DTensor [V, D] that is Shard(0) over one dimension of its mesh. bias: [V_p],
-        or a DTensor cut alike.
+    weight: [V_p, D], this rank's rows, or a DTensor [V, D] that is Shard(0) over one dimension of its mesh.
+    bias: [V_p], or a DTensor cut alike.
     group: a torch.distributed process group; by default the one of all ranks. A DTensor brings its own.
     vocab_size: V, the entries that all ranks have together, padding left out. A DTensor need not be told.
     vocab_range: (start, stop), the entries that this rank's first stop - start rows are; rows beyond are padding.
@@ -74,7 +75,7 @@ def vocab_parallel_logps(
     Returns log-probabilities as `linear_logps` does, with the same bits on every rank. Gradients of weight and bias are
     of this rank's rows, and zero for padding.
 
-    Elements that a rank gives away for N scored tokens: N + (N + 2) in fp64 in the forward, N * D in hidden's dtype in the
+    For N scored tokens a rank gives away N + (N + 2) fp64 numbers in the forward, and N * D in hidden's dtype in the
     backward.
 
     Raises what `linear_logps` does; ValueError too where the ranks' rows do not make up the vocabulary.
@@ -124,7 +125,7 @@ def scored_slice_logps(
         bias,
         scored,
         options,
-        needs_of(hidden, weight, bias, adapter),
+        Needs.of(hidden, weight, bias, adapter),
         adapter,
         part,
         reduce_hidden_grad,
@@ -134,39 +135,31 @@ def scored_slice_logps(
     return logps.new_zeros(math.prod(shape)).index_copy(0, scored.positions, logps).view(shape)
 
 
-def slice_forward(
-    tokens: Tokens, head: Head, options: HeadOptions, needs: Needs, part: VocabSlice
-) -> tuple[Tensor, Saved]:
+def slice_forward(tokens: Tokens, head: Head, plan: Plan, needs: Needs, part: VocabSlice) -> tuple[Tensor, Saved]:
     """Log-probabilities [N], and what their backward needs of this rank.
 
     tokens: with targets as `VocabSlice.local` has them. head: without padding.
     """
-    n, wide, device = tokens.targets.numel(), head.accumulation_dtype, tokens.hidden.device
     if part.held == 0:
         return _forward_without_rows(tokens, head, needs, part)
-    backend, schedule = choose(
-        options.plan,
-        head,
-        n,
-        train_hidden=needs.hidden,
-        train_weight=needs.head,
-        in_place=tokens.rows is None and tokens.hidden.dtype == options.compute_dtype,
-    )
+    wide, device = head.accumulation_dtype, tokens.hidden.device
+    backend, schedule = choose_for(tokens, head, plan, needs, train_weight=needs.head)
     with torch.autocast(device.type, enabled=False):
-        forward = forward_head(backend, head)
-        known = backend.target_logits(tokens, forward, schedule)
+        head = forward_head(backend, head)
+        known = backend.target_logits(tokens, head, schedule)
         share_target_logits(known.value, part)
         tokens = tokens._replace(known=known)
-        out = backend.forward(tokens, forward, schedule, needs.hidden)
-        # gap is more exact than L_p where it is small beside that.
-        shares = combine(torch.where(known.value.isfinite(), known.value + out.gap, out.lse), part)
+        out = backend.forward(tokens, head, schedule, needs.hidden)
+        # The odds are more exact than L_p where they are small beside that.
+        own = torch.where(known.value.isfinite(), known.value - out.log_odds, out.lse)
+        shares = combine(own, part)
         if out.u is not None:
-            step = gradient_step(options.plan, head.inner_size, wide, device)
-            torch_path.settle_u(out.u, tokens, forward, shares.own, shares.rest, step)
+            step = gradient_step(plan, head.inner_size, wide, device)
+            torch_path.settle_u(out.u, tokens, head, shares.own, shares.rest, step)
         if out.kept is not None:
-            backend.settle_kept(out.kept, tokens, forward, shares.lse)
-    logps, sure_not = _finish(known.value, shares.lse, wide)
-    return logps, Saved(sure_not, shares.lse.to(wide), out.u, out.kept)
+            backend.settle_kept(out.kept, tokens, head, shares.lse)
+    logps, one_minus_p = _finish(known.value, shares.lse, wide)
+    return logps, Saved(one_minus_p, shares.lse.to(wide), out.u, out.kept)
 
 
 def _forward_without_rows(tokens: Tokens, head: Head, needs: Needs, part: VocabSlice) -> tuple[Tensor, Saved]:
@@ -175,21 +168,20 @@ def _forward_without_rows(tokens: Tokens, head: Head, needs: Needs, part: VocabS
     z_y = torch.zeros(n, dtype=torch.float64, device=device)
     share_target_logits(z_y, part)
     lse = combine(torch.full_like(z_y, -torch.inf), part).lse
-    logps, sure_not = _finish(z_y, lse, wide)
+    logps, one_minus_p = _finish(z_y, lse, wide)
     u = torch.zeros(n, head.inner_size, dtype=wide, device=device) if needs.hidden else None
-    return logps, Saved(sure_not, lse.to(wide), u, None)
+    return logps, Saved(one_minus_p, lse.to(wide), u, None)
 
 
 def _finish(z_y: Tensor, lse: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """log p and 1 - p [N]."""
     # A target's logit of +inf is an overflow, not certainty.
-    gap = torch.where(z_y == torch.inf, torch.nan, lse - z_y)
-    # softplus(x) = x beyond the threshold: e^-40 is below fp64's rounding.
-    return -F.softplus(gap, threshold=40.0).to(wide), torch.sigmoid(gap).to(wide)
+    log_odds = torch.where(z_y == torch.inf, torch.nan, z_y - lse)
+    return F.logsigmoid(log_odds).to(wide), torch.sigmoid(-log_odds).to(wide)
 
 
 class VocabParallelLogps(torch.autograd.Function):
-    """`slice_forward` and its backward for autograd. Saves no product of its own but u."""
+    """`slice_forward` and its backward for autograd, as `autograd.LinearLogps` is for one process."""
 
     @staticmethod
     def forward(
@@ -204,26 +196,11 @@ class VocabParallelLogps(torch.autograd.Function):
         part: VocabSlice,
         reduce_hidden_grad: bool,
     ) -> Tensor:
-        targets = part.local(scored.targets)
-        head = _head(weight, bias, adapter, options, part)
-        logps, saved = slice_forward(Tokens(hidden, scored.rows, targets), head, options, needs, part)
-        inputs = (hidden, weight, bias, adapter, targets) if needs.head else (None,) * 5
-        kept, groups = saved.kept, scored.groups
-        ctx.save_for_backward(
-            *inputs,
-            scored.rows,
-            *(groups[:4] if groups is not None else (None,) * 4),
-            saved.sure_not,
-            saved.lse if needs.head else None,
-            saved.u,
-            kept.reference if kept is not None else None,
-            *(kept.values if kept is not None else ()),
-        )
-        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        ctx.kept_columns = kept.columns if kept is not None else 0
-        ctx.largest_group = groups.largest if groups is not None else 0
+        tokens, head = Tokens(hidden, scored.rows, part.local(scored.targets)), options.head(weight, bias, adapter)
+        logps, saved = slice_forward(tokens, part.without_padding(head), options.plan, needs, part)
+        save(ctx, tokens, head, scored.groups, options, needs, saved)
         ctx.ascending = scored.rows is scored.positions
-        ctx.options, ctx.needs, ctx.part, ctx.reduces = options, needs, part, reduce_hidden_grad
+        ctx.part, ctx.reduces = part, reduce_hidden_grad
         return logps
 
     @staticmethod
@@ -234,68 +211,43 @@ class VocabParallelLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
-        order, unique, starts, counts, sure_not, lse, u, reference, *values = rest
-        del rest
-        if values:
-            # Where the graph is not to be used again, the kept values go part by part as they are used.
-            ctx.maybe_clear_saved_tensors()
-        needs, part = ctx.needs, ctx.part
-        coefficient = grad.to(sure_not.dtype) * sure_not
-        d_hidden = d_weight = d_bias = d_adapter = None
-        if needs.hidden:
-            groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
+        tokens, head, groups, saved = restore(ctx)
+        part, plan = ctx.part, ctx.options.plan
+        coefficient = grad.to(saved.one_minus_p.dtype) * saved.one_minus_p
+        travelling, d_head = None, HeadGradients(None, None)
+        if saved.u is not None:
             travelling = HiddenGradient(
                 ctx.hidden_shape,
                 ctx.hidden_dtype,
                 coefficient,
-                u,
-                rows,
+                saved.u,
+                tokens.rows,
                 groups,
                 ascending=ctx.ascending,
-                plan=ctx.options.plan,
+                plan=plan,
                 part=part,
                 all_reduce=ctx.reduces,
             )
-        if needs.head:
-            saved = Saved(sure_not, lse, u, Kept(values, reference, ctx.kept_columns) if values else None)
-            tokens = Tokens(hidden, rows, targets)
-            d_weight, d_bias, d_adapter = _head_gradient(
-                tokens, weight, bias, adapter, coefficient, saved, ctx.options, needs, part
-            )
-        if needs.hidden:
-            d_hidden = travelling.result()
-        return d_hidden, d_weight, d_bias, None, None, None, d_adapter, None, None
+        if ctx.needs.head:
+            d_head = _slice_gradient(tokens, head, coefficient, saved, plan, ctx.needs, part)
+        d_hidden = None if travelling is None else travelling.result()
+        return d_hidden, d_head.weight, d_head.bias, None, None, None, d_head.adapter, None, None
 
 
-def _head(weight: Tensor, bias: Tensor | None, adapter: Tensor | None, options: HeadOptions, part: VocabSlice) -> Head:
-    """This rank's head without padding."""
-    bias, adapter = (None if x is None else x[: part.held] for x in (bias, adapter))
-    return Head(weight[: part.held], bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-
-
-def _head_gradient(
-    tokens: Tokens,
-    weight: Tensor,
-    bias: Tensor | None,
-    adapter: Tensor | None,
-    coefficient: Tensor,
-    saved: Saved,
-    options: HeadOptions,
-    needs: Needs,
-    part: VocabSlice,
-) -> tuple[Tensor | None, ...]:
+def _slice_gradient(
+    tokens: Tokens, head: Head, coefficient: Tensor, saved: Saved, plan: Plan, needs: Needs, part: VocabSlice
+) -> HeadGradients:
     """`autograd.head_gradient` of the rows that are held, and zeros for the padding."""
-    all_rows = (weight, bias, adapter)
     if part.held == 0:
-        return tuple(
-            torch.zeros_like(x) if x is not None and needed else None
-            for x, needed in zip(all_rows, needs[1:], strict=True)
+        rows = (head.weight, head.bias, head.adapter)
+        return HeadGradients(
+            *(
+                torch.zeros_like(x) if x is not None and needed else None
+                for x, needed in zip(rows, needs[1:], strict=True)
+            )
         )
-    held = [None if x is None else x[: part.held] for x in all_rows]
-    assert held[0] is not None
-    found = head_gradient(tokens, held[0], held[1], coefficient, saved, options, needs, held[2])
-    padding = weight.shape[0] - part.held
+    found = head_gradient(tokens, part.without_padding(head), coefficient, saved, plan, needs)
+    padding = head.weight.shape[0] - part.held
     if not padding:
         return found
-    return tuple(None if x is None else torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in found)
+    return HeadGradients(*(None if x is None else torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in found))

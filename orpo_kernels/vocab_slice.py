@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orpo_kernels.kernels.interface import Head
+
 
 class VocabSlice(NamedTuple):
     """A rank's part of a head: its first `stop - start` rows are entries [start, stop) of a vocabulary of `vocab_size`.
@@ -28,6 +30,10 @@ class VocabSlice(NamedTuple):
     def local(self, targets: Tensor) -> Tensor:
         """Targets counted from this rank's first entry, -1 where another rank has the row."""
         return torch.where((targets >= self.start) & (targets < self.stop), targets - self.start, -1)
+
+    def without_padding(self, head: Head) -> Head:
+        bias, adapter = (None if x is None else x[: self.held] for x in (head.bias, head.adapter))
+        return head._replace(weight=head.weight[: self.held], bias=bias, adapter=adapter)
 
     def check(self, ranges: Tensor) -> None:
         """Raises ValueError unless the ranks' ranges [P, 2], in order, make up the vocabulary.
@@ -88,7 +94,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def sharded_dimension(weight: Any) -> int | None:
-    """The dimension of its mesh over which a DTensor [V, D] is cut by rows; None where it is not cut so, and only so."""
+    """The one dimension of its mesh over which a DTensor [V, D] is cut, by rows; None where it is cut otherwise."""
     cut = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(cut) != 1 or not weight.placements[cut[0]].is_shard(0):
         return None
