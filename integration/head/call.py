@@ -25,10 +25,13 @@ from torch.utils._pytree import tree_map_only
 from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
+from orpo_kernels.vocab_parallel import scored_slice_logps
+from orpo_kernels.vocab_slice import VocabSlice
 
 from .logit_transform import PLACEHOLDERS, Transform, placeholder_values
 from .lora import LowRank, Step, join_adapters, low_rank_steps
-from .patch import is_tensor_parallel, plain_forward
+from .patch import plain_forward
+from .sharded import as_output, gathered, head_tensors, own_adapter
 
 
 @dataclass(eq=False)
@@ -38,6 +41,7 @@ class Request:
     targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
     mean_logits_over: see `ModelLogps.logps`. only_placeholders: score nothing; answered: it has returned them.
+    copies: of the placeholders side by side, where the head's output is gathered.
     steps: the layers of an adapted head, from the last to the one being called. adapters: what each has added.
     """
 
@@ -52,6 +56,7 @@ class Request:
     only_placeholders: bool = False
     calls: int = 0
     answered: bool = False
+    copies: int = 1
     logps: Tensor | None = None
     mean_logits: Tensor | None = None
     steps: list[Step] = field(default_factory=list, init=False)
@@ -65,7 +70,7 @@ class Request:
                 return plain_forward(layer, input, *args, **kwargs)
         elif len(self.steps) > 1:
             scale = self.steps.pop().scale
-            self.adapters.append(LowRank(gathered(input), gathered(layer.weight), gathered(layer.bias), scale))
+            self.adapters.append(LowRank(gathered(input), layer.weight, layer.bias, scale))
         else:
             return self._answer(layer, input)
         step = self.steps[-1]
@@ -78,7 +83,7 @@ class Request:
                 "the model called its head twice in one forward (multi-token prediction?): only a head that is "
                 "called once can stand in for the logits"
             )
-        hidden, weight, bias = _plain_tensors(head, input)
+        hidden, weight, bias, part = head_tensors(head, input)
         if self.rows is None:
             check_shape(hidden.shape[:-1], self.targets.shape)
         elif not torch.compiler.is_compiling():
@@ -88,21 +93,34 @@ class Request:
             # fp64 where there is one: a scale or a cap then comes out as exactly as the model's arithmetic allows.
             wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
             self.answered = True
-            return _like_input(_placeholders(hidden, wide), input)
+            return self._output(_placeholders(hidden, wide), head, input)
         scale, softcap = self.transform
-        joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
-        logps = self._score(joined, weight, bias, adapter)
+        joined, bias, adapter = join_adapters(hidden, bias, [own_adapter(adapter, part) for adapter in self.adapters])
+        logps = self._score(joined, weight, bias, adapter, part)
         if self.mean_logits_over is not None and softcap is None:
-            self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
+            self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over, part)
         self.logps, placeholders = _Fork.apply(logps, _placeholders(hidden, logps.dtype))
-        return _like_input(placeholders, input)
+        return self._output(placeholders, head, input)
 
-    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> Tensor:
+    def _output(self, placeholders: Tensor, head: nn.Linear, input: Any) -> Tensor:
+        output, self.copies = as_output(placeholders, head, input)
+        return output
+
+    def _score(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, part: VocabSlice | None
+    ) -> Tensor:
         scale, softcap = self.transform
         options = head_options(
-            hidden, weight, bias=bias, logit_scale=scale, softcap=softcap, plan=self.plan, adapter=adapter
+            hidden,
+            weight,
+            bias=bias,
+            logit_scale=scale,
+            softcap=softcap,
+            plan=self.plan,
+            adapter=adapter,
+            is_slice=part is not None,
         )
-        if torch.compiler.is_compiling():
+        if part is None and torch.compiler.is_compiling():
             # How many tokens are scored is data: the operator selects them itself, so that one graph serves all.
             from orpo_kernels.compiled import compiled_linear_logps
 
@@ -112,6 +130,8 @@ class Request:
         scored = self.scored
         if scored.targets.device != hidden.device:
             scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
+        if part is not None:
+            return scored_slice_logps(hidden, weight, bias, scored, self.targets.shape, options, part, adapter)
         return scored_logps(hidden, weight, bias, scored, self.targets.shape, options, adapter)
 
 
@@ -200,56 +220,6 @@ def _placeholders(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return placeholder_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
 
 
-def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias such that this rank can multiply them by itself.
-
-    A tensor-parallel head is gathered: every rank of its group has the same hidden states, works on the whole
-    weight and keeps its own part of the gradient.
-    """
-    weight: Any = head.weight
-    bias: Any = head.bias
-    if _is_dtensor(weight):
-        if not (_is_dtensor(input) or is_tensor_parallel(head)):
-            raise RuntimeError(
-                f"the head's weight is a DTensor {weight.placements} and its input a plain tensor, so nn.Linear "
-                "could not multiply them either: call the FSDP model rather than the one inside it, or shard the "
-                "head with a parallel style that turns its input into a DTensor (ColwiseParallel)"
-            )
-        input, weight, bias = gathered(input), gathered(weight), gathered(bias)
-    # PEFT makes the copy of a tied head from the embeddings' description: its two sizes are exchanged.
-    sizes = {(head.out_features, head.in_features), (head.in_features, head.out_features)}
-    if weight.shape not in sizes or weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(
-            f"the head's weight has shape {tuple(weight.shape)} and the head is {head.in_features} -> "
-            f"{head.out_features}: the weight was exchanged by hand, or is sharded by something that does not "
-            "gather it for the head's forward"
-        )
-    return input, weight, bias
-
-
-def gathered(tensor: Any) -> Any:
-    """The whole of a DTensor, whose gradient is the same on every rank; anything else as it is."""
-    if not _is_dtensor(tensor):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
-
-
-def _like_input(placeholders: Tensor, input: Any) -> Tensor:
-    """A DTensor where the head was given one, since what follows such a head expects one."""
-    if not _is_dtensor(input):
-        return placeholders
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = input.device_mesh
-    return DTensor.from_local(placeholders, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _is_dtensor(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
 def _mean_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -257,18 +227,22 @@ def _mean_logits(
     adapter: Tensor | None,
     scale: float,
     over: Tensor | Sequence[Tensor],
+    part: VocabSlice | None = None,
 ) -> Tensor:
     """Each of S sequences' mean logit over its positions `over` and the vocabulary: [S], no gradient.
 
     The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b). In fp32, or fp64 for fp64
-    hidden states.
+    hidden states. part: which rows these are, each rank's giving its share of the mean.
     """
+    rows = weight.shape[0] if part is None else part.vocab_size
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         columns = [weight] if adapter is None else [weight, adapter]
-        mean = _mean_hidden(hidden, over, wide) @ torch.cat([part.mean(0, dtype=wide) for part in columns])
+        mean = _mean_hidden(hidden, over, wide) @ torch.cat([block.sum(0, dtype=wide) for block in columns]) / rows
         if bias is not None:
-            mean = mean + bias.mean(dtype=wide)
+            mean = mean + bias.sum(dtype=wide) / rows
+        if part is not None:
+            torch.distributed.all_reduce(mean, group=part.group)
         return mean * scale
 
 
