@@ -131,7 +131,10 @@ def head_gradient(
         )
 
 
-def choose_for(tokens: Tokens, head: Head, plan: Plan, needs: Needs, *, train_weight: bool) -> tuple[Backend, Schedule]:
+def choose_for(
+    tokens: Tokens, head: Head, plan: Plan, needs: Needs, *, train_weight: bool, ranks: int = 1
+) -> tuple[Backend, Schedule]:
+    """The backend and the loop sizes of a call."""
     return choose(
         plan,
         head,
@@ -139,6 +142,7 @@ def choose_for(tokens: Tokens, head: Head, plan: Plan, needs: Needs, *, train_we
         train_hidden=needs.hidden,
         train_weight=train_weight,
         in_place=tokens.rows is None and tokens.hidden.dtype == head.compute_dtype,
+        ranks=ranks,
     )
 
 

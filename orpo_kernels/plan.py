@@ -158,6 +158,7 @@ class Plan:
         has_adapter: bool = False,
         cast: bool = False,
         in_place: bool = False,
+        ranks: int = 1,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
@@ -165,6 +166,7 @@ class Plan:
         full_vocab_tiles: tiles span the whole vocabulary (what the Triton kernels write).
         cast: the weight is of another dtype than the compute dtype.
         in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
+        ranks: over how many the vocabulary is spread, of which this one has V entries.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
@@ -174,6 +176,9 @@ class Plan:
         # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
         # on their way from logps to logits.
         numbers = (6 if full_vocab_tiles else 4) * wide * tokens
+        if ranks > 1:
+            # In fp64: every rank's logsumexp, and what it and the target's logit become.
+            numbers += 8 * (ranks + 10) * tokens
         for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
         trains = {
             "train_hidden": train_hidden,

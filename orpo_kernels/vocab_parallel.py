@@ -106,6 +106,8 @@ def local_rows(tensor: Any) -> Any:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+# Its sizes are data and its exchanges wait: a compiled model leaves its graph for it.
+@torch.compiler.disable
 def scored_slice_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -143,7 +145,7 @@ def slice_forward(tokens: Tokens, head: Head, plan: Plan, needs: Needs, part: Vo
     if part.held == 0:
         return _forward_without_rows(tokens, head, needs, part)
     wide, device = head.accumulation_dtype, tokens.hidden.device
-    backend, schedule = choose_for(tokens, head, plan, needs, train_weight=needs.head)
+    backend, schedule = choose_for(tokens, head, plan, needs, train_weight=needs.head, ranks=part.ranks)
     with torch.autocast(device.type, enabled=False):
         head = forward_head(backend, head)
         known = backend.target_logits(tokens, head, schedule)

@@ -27,6 +27,10 @@ class VocabSlice(NamedTuple):
     def held(self) -> int:
         return self.stop - self.start
 
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
     def local(self, targets: Tensor) -> Tensor:
         """Targets counted from this rank's first entry, -1 where another rank has the row."""
         return torch.where((targets >= self.start) & (targets < self.stop), targets - self.start, -1)

@@ -1,8 +1,8 @@
 """A head whose weight is a DTensor: served on its own rows where it is cut by rows, gathered where it is cut otherwise.
 
-Cut by rows (`Shard(0)` over one dimension of its mesh) are the heads of transformers' `tp_plan`, of `ColwiseParallel`, and
-of either within FSDP2, which has gathered its own dimension of the mesh by the time the head is called. Every rank of that
-dimension has the same hidden states and computes what belongs to its rows (`orpo_kernels.vocab_parallel`).
+Cut by rows (`Shard(0)` over one dimension of its mesh) are the heads of transformers' `tp_plan`, of `ColwiseParallel`,
+and of either within FSDP2, which has gathered its own dimension of the mesh by the time the head is called. Every rank
+of that dimension has the same hidden states and computes what belongs to its rows (`orpo_kernels.vocab_parallel`).
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def gathered(tensor: Any) -> Any:
 def as_output(placeholders: Tensor, head: nn.Linear, input: Any) -> tuple[Tensor, int]:
     """What stands in for the head's output, and how often it then has the placeholders side by side if it is gathered.
 
-    A DTensor where the head was given one, since what follows such a head expects one; in the placements that the head's
-    own output would have, so that what gathers it, or takes the local part, finds whole sets of placeholders.
+    A DTensor where the head was given one, since what follows such a head expects one; in the placements that the
+    head's own output would have, so that what gathers it, or takes the local part, finds whole sets of placeholders.
     """
     if not is_dtensor(input):
         return placeholders, 1

@@ -16,9 +16,16 @@ from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
 def choose(
-    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool, in_place: bool = False
+    plan: Plan,
+    head: Head,
+    tokens: int,
+    *,
+    train_hidden: bool,
+    train_weight: bool,
+    in_place: bool = False,
+    ranks: int = 1,
 ) -> tuple[Backend, Schedule]:
-    """The backend and the loop sizes. in_place: as for `Plan.schedule`."""
+    """The backend and the loop sizes. in_place, ranks: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_vocab_tiles: bool) -> Schedule:
@@ -35,6 +42,7 @@ def choose(
             has_adapter=head.adapter is not None,
             cast=head.weight.dtype != head.compute_dtype,
             in_place=in_place,
+            ranks=ranks,
         )
 
     chosen = fitting(schedule, kernels=why_not_triton(head) is None)
