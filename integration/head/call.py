@@ -26,7 +26,7 @@ from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
 from orpo_kernels.vocab_parallel import scored_slice_logps
-from orpo_kernels.vocab_slice import VocabSlice
+from orpo_kernels.vocab_slice import VocabSlice, is_dtensor
 
 from .logit_transform import PLACEHOLDERS, Transform, placeholder_values
 from .lora import LowRank, Step, join_adapters, low_rank_steps
@@ -74,7 +74,11 @@ class Request:
         else:
             return self._answer(layer, input)
         step = self.steps[-1]
-        return step.layer(step.input)
+        inner = step.layer(step.input)
+        if not is_dtensor(input):
+            return inner
+        # What follows this layer takes its output for that of the layer itself, as what follows the head does.
+        return self._output(gathered(inner)[..., : len(PLACEHOLDERS)], layer, input)
 
     def _answer(self, head: nn.Linear, input: Tensor) -> Tensor:
         self.calls += 1

@@ -64,8 +64,14 @@ def own_adapter(adapter: LowRank, part: VocabSlice | None) -> LowRank:
 def own_rows(tensor: Any, part: VocabSlice) -> Tensor:
     """This rank's rows of a parameter [V, ...]: of a DTensor cut like the weight, or of one that every rank has whole.
 
-    The gradient of the latter is that of all rows, on every rank.
+    The gradient of the latter is that of all rows, on every rank. Raises RuntimeError where it has not as many.
     """
+    if tensor.shape[0] != part.vocab_size:
+        raise RuntimeError(
+            f"the head is cut over {part.ranks} ranks, and an adapter on it has {tensor.shape[0]} rows where the head "
+            f"has {part.vocab_size} (PEFT makes it so on a model of tp_plan, whose own forward then fails too): leave "
+            "the head out of target_modules, or put the adapter on before the head is cut (parallelize_module)"
+        )
     if is_dtensor(tensor) and sharded_dimension(tensor) is not None and slice_of_dtensor(tensor) == part:
         return tensor.to_local()
     return _OwnRows.apply(gathered(tensor), part)

@@ -77,6 +77,17 @@ def head(style: Any, name: str = "lm_head") -> Callable[[nn.Module], nn.Module]:
     return lambda model: parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {name: style})
 
 
+def adapter_too(model: nn.Module) -> nn.Module:
+    styles = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("base_layer", "lora_B.default")}
+    names = {f"base_model.model.lm_head.{name}": style for name, style in styles.items()}
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), names)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(head(ColwiseParallel(output_layouts=Replicate()))(model), backend="eager")
+
+
 def both(model: nn.Module) -> nn.Module:
     """FSDP2 over one dimension of a 2 x 2 mesh; all linear layers, the head among them, in slices over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -110,6 +121,8 @@ SETUPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
         1,
         make_batch,
     ),
+    "LoRA, its B cut too": (adapted, adapter_too, 1, make_batch),
+    "compiled": (tiny, compiled, 1, make_batch),
     "FSDP2 x TP": (few_inputs, both, 2, make_batch),
     "FSDP2 x TP, the head a unit": (few_inputs, both_with_the_head_a_unit, 2, make_batch),
     "FSDP2 x TP, nothing to score in one group": (few_inputs, both, 2, one_group_scores_nothing),
@@ -118,7 +131,7 @@ SETUPS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        name.replace("_orig_mod.", ""): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in model.named_parameters()
     }
 
@@ -179,11 +192,26 @@ def trainer_of(kind: str, folder: str | Path, model: nn.Module) -> Any:
     return make(kind, Path(folder), pairs(12), model, **options | ({"packing": False} if kind == "own" else {}))
 
 
+def adapter_of_a_part() -> str:
+    """The error for an adapter that PEFT has made for the head of a tp_plan: its own forward fails."""
+    config = LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
+    model, batch = get_peft_model(loaded(tiny()), config), make_batch()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(**inputs_of(batch))
+    try:
+        attach(model).logps(batch["targets"], **inputs_of(batch))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(names: list[str], folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         if name in SETUPS:
             found[name] = trained(name)
+        elif name == "adapter of a part":
+            found[name] = adapter_of_a_part()
         elif name == "mean logits":
             found[name] = mean_logits()
         else:
@@ -207,7 +235,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[di
 
     def of(ranks: int) -> list[dict[str, Any]]:
         if ranks not in done:
-            names = [name for name, on in ON_RANKS if on == ranks] + (["mean logits", *KINDS] if ranks == 2 else [])
+            names = [name for name, on in ON_RANKS if on == ranks] + (
+                ["mean logits", "adapter of a part", *KINDS] if ranks == 2 else []
+            )
             done[ranks] = run_on_ranks(work, ranks, names, str(tmp_path_factory.mktemp("ranks")))
         return done[ranks]
 
@@ -233,6 +263,12 @@ def test_mean_logits(results: Callable[[int], list[dict[str, Any]]]):
     for rank in results(2):
         found, right = rank["mean logits"]
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.shows("Wrappers", "LoRA that PEFT puts on a `tp_plan` head", "the error says what to do", "refused")
+def test_an_adapter_of_one_ranks_rows_is_refused(results: Callable[[int], list[dict[str, Any]]]):
+    for rank, size in zip(results(2), (2002, 2001), strict=True):
+        assert f"an adapter on it has {size} rows where the head has {VOCAB}" in rank["adapter of a part"]
 
 
 def full_logits_trainer(kind: str, folder: Path) -> Any:
