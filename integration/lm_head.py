@@ -29,10 +29,11 @@ from orpo_kernels.linear_token_stats import STATISTICS, TokenStats, check_temper
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
-from .head.call import Request, check_shape, forward, gathered, join, run
+from .head.call import Request, check_shape, forward, join, run
 from .head.logit_transform import PLACEHOLDERS, Transform, check_untrained, infer_transform, placeholder_values
 from .head.lora import virtual_tokens
 from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_adapters, unpatch
+from .head.sharded import gathered
 
 logger = logging.getLogger("orpo_kernels")
 
@@ -161,7 +162,7 @@ class ModelLogps:
             self.transform = _find_transform(self.model, call, replace(request, only_placeholders=True), inputs)
         request.transform = self.transform
         outputs = run(call, request, inputs)
-        logits = gathered(outputs.logits)
+        logits = _one_set(gathered(outputs.logits), request)
         _check_placeholders(logits, request)
         check_untrained(logits)
         assert request.answer is not None
@@ -220,8 +221,7 @@ def _find_transform(model: nn.Module, call: Callable[..., Any], request: Request
     if torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())  # that of offloaded weights
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        logits = gathered(run(call, request, inputs).logits)
-    _check_columns(logits)
+        logits = _one_set(gathered(run(call, request, inputs).logits), request)
     return infer_transform(logits.reshape(-1, len(PLACEHOLDERS))[0].tolist(), logits.dtype)
 
 
@@ -261,17 +261,18 @@ def _input_shape(inputs: dict[str, Any]) -> torch.Size:
     raise ValueError("rows was given without input_ids: give hidden_shape, the [B, T] of what the head is given")
 
 
-def _check_columns(logits: Tensor) -> None:
-    if logits.shape[-1] != len(PLACEHOLDERS):
+def _one_set(logits: Tensor, request: Request) -> Tensor:
+    """One set of placeholders, of as many as there are ranks where the outputs of a head in slices are gathered."""
+    if logits.shape[-1] not in (len(PLACEHOLDERS), request.copies * len(PLACEHOLDERS)):
         raise RuntimeError(
             f"the model's logits have {logits.shape[-1]} columns where the head returned {len(PLACEHOLDERS)}: "
             "something else computed or joined them"
         )
+    return logits[..., : len(PLACEHOLDERS)]
 
 
 def _check_placeholders(logits: Tensor, request: Request) -> None:
     """The placeholders must arrive as the transform has them; one row is looked at."""
-    _check_columns(logits)
     check_shape(logits.shape[:-1], request.hidden_shape)
     seen = logits.detach().reshape(-1, len(PLACEHOLDERS))[:1].to(torch.float32)
     expected = request.transform(placeholder_values(seen, torch.float32)).expand_as(seen)

@@ -103,7 +103,7 @@ def logps_forward(
     """Log-probabilities and statistics of the scored tokens, and what their backward needs."""
     if not any(needs):
         wanted = wanted._replace(entropy_grad=False)
-    backend, schedule = _choose(tokens, head, plan, needs, wanted, train_weight=needs.head)
+    backend, schedule = choose_for(tokens, head, plan, needs, wanted, train_weight=needs.head)
     with torch.autocast(tokens.hidden.device.type, enabled=False):
         out = backend.forward(tokens, forward_head(backend, head), schedule, needs.hidden, wanted)
         logps, found = F.logsigmoid(out.log_odds), out.statistics
@@ -115,6 +115,12 @@ def logps_forward(
         return TokenStats(logps, *found[:4]), saved
 
 
+def gradient_step(plan: Plan, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of D to take at a time: pieces small enough for the cache of a CPU, and for the budget."""
+    most = min(plan.budget(device) // 8, MIB if device.type == "cpu" else 64 * MIB)
+    return max(1, most // (hidden_size * dtype.itemsize))
+
+
 def hidden_gradient(
     shape: torch.Size,
     dtype: torch.dtype,
@@ -122,17 +128,16 @@ def hidden_gradient(
     rows: Tensor | None,
     groups: RowGroups | None,
     plan: Plan,
+    out: Tensor | None = None,
 ) -> Tensor:
     """sum over the tokens t of each row of the terms' coefficient_t * u_t: [R, D], rounded once to `dtype`.
 
     terms: pairs of coefficients [N] in the accumulation dtype (c_t s_t of the log-probability's) and u [N, D].
+    out: memory for it; every row must then be some token's.
     """
     (coefficient, u), *others = terms
     wide, device = coefficient.dtype, coefficient.device
-    # Pieces small enough for the cache of a CPU, and for the budget.
-    step = max(
-        1, min(plan.budget(device) // 8, MIB if device.type == "cpu" else 64 * MIB) // (shape[-1] * wide.itemsize)
-    )
+    step = gradient_step(plan, shape[-1], wide, device)
 
     def weighted(part: slice | Tensor) -> Tensor:
         total = u[part] * coefficient[part, None]
@@ -140,8 +145,8 @@ def hidden_gradient(
             total.addcmul_(vectors[part].to(wide), factor[part, None])
         return total
 
-    if rows is None:
-        grad = torch.empty(shape, dtype=dtype, device=device)
+    if rows is None and groups is None:
+        grad = torch.empty(shape, dtype=dtype, device=device) if out is None else out
         for start in range(0, u.shape[0], step):
             part = slice(start, start + step)
             if others:
@@ -150,8 +155,9 @@ def hidden_gradient(
                 torch.mul(u[part], coefficient[part, None], out=grad[part])
         return grad
 
-    grad = torch.zeros(shape, dtype=dtype, device=device)
+    grad = torch.zeros(shape, dtype=dtype, device=device) if out is None else out
     if groups is None:
+        assert rows is not None
         for start in range(0, u.shape[0], step):
             part = slice(start, start + step)
             grad.index_copy_(0, rows[part], weighted(part).to(dtype))
@@ -180,16 +186,24 @@ def head_gradient(
 ) -> HeadGradients:
     """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
     wanted = Statistics(entropy=True, entropy_grad=True) if saved.entropy is not None else NO_STATISTICS
-    backend, schedule = _choose(tokens, head, plan, needs, wanted, train_weight=True)
+    backend, schedule = choose_for(tokens, head, plan, needs, wanted, train_weight=True)
     with torch.autocast(coefficient.device.type, enabled=False):
         return backend.weight_gradient(
             tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias, needs.adapter, entropy
         )
 
 
-def _choose(
-    tokens: Tokens, head: Head, plan: Plan, needs: Needs, wanted: Statistics, *, train_weight: bool
+def choose_for(
+    tokens: Tokens,
+    head: Head,
+    plan: Plan,
+    needs: Needs,
+    wanted: Statistics = NO_STATISTICS,
+    *,
+    train_weight: bool,
+    ranks: int = 1,
 ) -> tuple[Backend, Schedule]:
+    """The backend and the loop sizes of a call."""
     return choose(
         plan,
         head,
@@ -198,14 +212,56 @@ def _choose(
         train_weight=train_weight,
         in_place=tokens.rows is None and tokens.hidden.dtype == head.compute_dtype,
         statistics=wanted,
+        ranks=ranks,
     )
 
 
-class LinearLogps(torch.autograd.Function):
-    """`logps_forward`, `hidden_gradient` and `head_gradient` for autograd.
+def save(
+    ctx: Any,
+    tokens: Tokens,
+    head: Head,
+    groups: RowGroups | None,
+    options: HeadOptions,
+    needs: Needs,
+    saved: Saved,
+) -> None:
+    """What `restore` gives back in the backward. Without a head that trains, neither it nor hidden is kept alive."""
+    # The parameters themselves are saved, never a cast of them: sharding hooks recognise only those.
+    inputs = (tokens.hidden, head.weight, head.bias, head.adapter, tokens.targets) if needs.head else (None,) * 5
+    kept = saved.kept
+    ctx.save_for_backward(
+        *inputs,
+        tokens.rows,
+        *(groups[:4] if groups is not None else (None,) * 4),
+        saved.one_minus_p,
+        saved.lse if needs.head else None,
+        saved.u,
+        *(saved.entropy or (None,) * 3),
+        kept.reference if kept is not None else None,
+        *(kept.values if kept is not None else ()),
+    )
+    ctx.hidden_shape, ctx.hidden_dtype = tokens.hidden.shape, tokens.hidden.dtype
+    ctx.kept_columns = kept.columns if kept is not None else 0
+    ctx.largest_group = groups.largest if groups is not None else 0
+    ctx.options, ctx.needs = options, needs
 
-    Saves no product of its own but u: with a frozen head neither `hidden` nor `weight` is kept alive.
-    """
+
+def restore(ctx: Any) -> tuple[Tokens, Head, RowGroups | None, Saved]:
+    """What `save` was given."""
+    hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
+    order, unique, starts, counts, one_minus_p, lse, u, entropy_u, own, level, reference, *values = rest
+    if values:
+        # Where the graph is not to be used again, the kept values go part by part as they are used.
+        ctx.maybe_clear_saved_tensors()
+    kept = KeptLogitGrads(values, reference, ctx.kept_columns) if values else None
+    groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
+    entropy = None if entropy_u is None and own is None else SavedEntropy(entropy_u, own, level)
+    saved = Saved(one_minus_p, lse, u, kept, entropy)
+    return Tokens(hidden, rows, targets), ctx.options.head(weight, bias, adapter), groups, saved
+
+
+class LinearLogps(torch.autograd.Function):
+    """`logps_forward`, `hidden_gradient` and `head_gradient` for autograd. Saves no product of its own but u."""
 
     @staticmethod
     def forward(
@@ -221,27 +277,9 @@ class LinearLogps(torch.autograd.Function):
         adapter: Tensor | None,
         wanted: Statistics,
     ) -> tuple[Tensor | None, ...]:
-        head = options.head(weight, bias, adapter)
-        answer, saved = logps_forward(Tokens(hidden, rows, targets), head, options.plan, needs, wanted)
-        trains_head = needs.head
-        # The parameters themselves are saved, never a cast of them: sharding hooks recognise only those.
-        inputs = (hidden, weight, bias, adapter, targets) if trains_head else (None,) * 5
-        kept = saved.kept
-        ctx.save_for_backward(
-            *inputs,
-            rows,
-            *(groups[:4] if groups is not None else (None,) * 4),
-            saved.one_minus_p,
-            saved.lse if trains_head else None,
-            saved.u,
-            *(saved.entropy or (None,) * 3),
-            kept.reference if kept is not None else None,
-            *(kept.values if kept is not None else ()),
-        )
-        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        ctx.kept_columns = kept.columns if kept is not None else 0
-        ctx.largest_group = groups.largest if groups is not None else 0
-        ctx.options, ctx.needs = options, needs
+        tokens, head = Tokens(hidden, rows, targets), options.head(weight, bias, adapter)
+        answer, saved = logps_forward(tokens, head, options.plan, needs, wanted)
+        save(ctx, tokens, head, groups, options, needs, saved)
         # Entropy that no loss was made of costs its backward nothing.
         ctx.set_materialize_grads(False)
         without = answer[1:] if saved.entropy is None else answer[2:]
@@ -259,29 +297,21 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def _backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
-        order, unique, starts, counts, one_minus_p, lse, u, entropy_u, own, level, reference, *values = rest
-        del rest
-        if values:
-            # Where the graph is not to be used again, the kept values go part by part as they are used.
-            ctx.maybe_clear_saved_tensors()
-        needs: Needs = ctx.needs
+        tokens, head, groups, saved = restore(ctx)
+        needs, plan, one_minus_p = ctx.needs, ctx.options.plan, saved.one_minus_p
         if grad is None and of_entropy is None:
             grad = torch.zeros_like(one_minus_p)  # Hooks and other ranks wait for a gradient.
         coefficient = torch.zeros_like(one_minus_p) if grad is None else grad.to(one_minus_p.dtype) * one_minus_p
         d_hidden, d_head = None, HeadGradients(None, None)
         if needs.hidden:
-            groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
-            terms = [(coefficient, u)] if grad is not None else []
-            terms += [(of_entropy, entropy_u)] if of_entropy is not None else []
-            d_hidden = hidden_gradient(ctx.hidden_shape, ctx.hidden_dtype, terms, rows, groups, ctx.options.plan)
+            terms = [(coefficient, saved.u)] if grad is not None else []
+            if of_entropy is not None and saved.entropy is not None:
+                terms.append((of_entropy, saved.entropy.u))
+            d_hidden = hidden_gradient(ctx.hidden_shape, ctx.hidden_dtype, terms, tokens.rows, groups, plan)
         if needs.head:
-            kept = KeptLogitGrads(values, reference, ctx.kept_columns) if values else None
-            saved = Saved(one_minus_p, lse, u, kept, None if own is None else SavedEntropy(entropy_u, own, level))
-            tokens = Tokens(hidden, rows, targets)
-            head, entropy = ctx.options.head(weight, bias, adapter), None
-            if of_entropy is not None:
-                entropy = EntropyGradient(coefficient + of_entropy * own, of_entropy * one_minus_p)
-                coefficient = coefficient + of_entropy * level
-            d_head = head_gradient(tokens, head, coefficient, saved, ctx.options.plan, needs, entropy)
+            entropy = None
+            if of_entropy is not None and saved.entropy is not None:
+                entropy = EntropyGradient(coefficient + of_entropy * saved.entropy.own, of_entropy * one_minus_p)
+                coefficient = coefficient + of_entropy * saved.entropy.level
+            d_head = head_gradient(tokens, head, coefficient, saved, plan, needs, entropy)
         return d_hidden, d_head.weight, d_head.bias, None, None, None, None, None, d_head.adapter, None

@@ -121,8 +121,10 @@ def head_options(
     softcap: float | None,
     plan: Plan | None,
     adapter: Tensor | None = None,
+    is_slice: bool = False,
 ) -> HeadOptions:
-    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`."""
+    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`. is_slice: the
+    weight is one rank's rows, of which there may be none."""
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, D]")
     vocab_size, hidden_size = weight.shape
@@ -135,7 +137,7 @@ def head_options(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: the last size of hidden "
             f"must be weight's D={hidden_size}"
         )
-    if vocab_size == 0 or hidden_size == 0:
+    if (vocab_size == 0 and not is_slice) or hidden_size == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: V and D must be at least 1")
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be [V] = [{vocab_size}]")

@@ -160,6 +160,7 @@ class Plan:
         cast: bool = False,
         in_place: bool = False,
         statistics: Statistics = NO_STATISTICS,
+        ranks: int = 1,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
@@ -169,6 +170,7 @@ class Plan:
         in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
         statistics: those asked for of every token (`linear_token_stats`). With a gradient of the entropy, nothing is
             kept of the logit gradients.
+        ranks: over how many the vocabulary is spread, of which this one has V entries.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
@@ -182,6 +184,9 @@ class Plan:
         of_statistics = (12 if full_vocab_tiles and statistics.asked else 0) + statistics.asked + 3 * entropy_grad
         numbers = ((6 if full_vocab_tiles else 4) + of_statistics) * wide * tokens
         keep = False if entropy_grad else self.keep_logit_grads
+        if ranks > 1:
+            # In fp64: every rank's logsumexp, and what it and the target's logit become.
+            numbers += 8 * (ranks + 10) * tokens
         for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
         trains = {
             "train_hidden": train_hidden,

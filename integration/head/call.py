@@ -29,10 +29,13 @@ from orpo_kernels.linear_logps import head_options
 from orpo_kernels.linear_token_stats import TokenStats, at_temperature, scored_token_stats
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
+from orpo_kernels.vocab_parallel import scored_slice_logps
+from orpo_kernels.vocab_slice import VocabSlice, is_dtensor
 
 from .logit_transform import PLACEHOLDERS, Transform, placeholder_values
 from .lora import LowRank, Step, join_adapters, low_rank_steps
-from .patch import is_tensor_parallel, plain_forward
+from .patch import plain_forward
+from .sharded import as_output, gathered, head_tensors, own_adapter
 
 
 @dataclass(eq=False)
@@ -43,8 +46,9 @@ class Request:
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
     mean_logits_over: see `ModelLogps.logps`; wanted, temperature: see `ModelLogps.token_stats`.
     in_fp32: see `ModelLogps`.
-    only_placeholders: score nothing; answered: it has returned them. adapters: what each layer of an adapted head has
-    added; steps: those layers, from the last to the one being called.
+    only_placeholders: score nothing; answered: it has returned them. copies: of them side by side, where the head's
+    output is gathered. adapters: what each layer of an adapted head has added; steps: those layers, from the last to
+    the one being called.
     """
 
     targets: Tensor
@@ -61,6 +65,7 @@ class Request:
     only_placeholders: bool = False
     calls: int = 0
     answered: bool = False
+    copies: int = 1
     answer: TokenStats | None = None
     mean_logits: Tensor | None = None
     steps: list[Step] = field(default_factory=list, init=False)
@@ -74,11 +79,15 @@ class Request:
                 return plain_forward(layer, input, *args, **kwargs)
         elif len(self.steps) > 1:
             scale = self.steps.pop().scale
-            self.adapters.append(LowRank(gathered(input), gathered(layer.weight), gathered(layer.bias), scale))
+            self.adapters.append(LowRank(gathered(input), layer.weight, layer.bias, scale))
         else:
             return self._answer(layer, input)
         step = self.steps[-1]
-        return step.layer(step.input)
+        inner = step.layer(step.input)
+        if not is_dtensor(input):
+            return inner
+        # What follows this layer takes its output for that of the layer itself, as what follows the head does.
+        return self._output(gathered(inner)[..., : len(PLACEHOLDERS)], layer, input)
 
     def _answer(self, head: nn.Linear, input: Tensor) -> Tensor:
         self.calls += 1
@@ -87,7 +96,7 @@ class Request:
                 "the model called its head twice in one forward (multi-token prediction?): only a head that is "
                 "called once can stand in for the logits"
             )
-        hidden, weight, bias = _plain_tensors(head, input)
+        hidden, weight, bias, part = head_tensors(head, input)
         if self.in_fp32:
             hidden, weight = _at_least_fp32(hidden), _at_least_fp32(weight)
             bias = None if bias is None else _at_least_fp32(bias)
@@ -100,24 +109,37 @@ class Request:
             # fp64 where there is one: a scale or a cap then comes out as exactly as the model's arithmetic allows.
             wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
             self.answered = True
-            return _like_input(_placeholders(hidden, wide), input)
+            return self._output(_placeholders(hidden, wide), head, input)
         scale, softcap = self.transform
-        joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
+        joined, bias, adapter = join_adapters(hidden, bias, [own_adapter(adapter, part) for adapter in self.adapters])
         device = hidden.device.type
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self.in_fp32):
-            answer = self._score(joined, weight, bias, adapter)
+            answer = self._score(joined, weight, bias, adapter, part)
         if self.mean_logits_over is not None and softcap is None:
-            self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
+            self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over, part)
         placeholders, self.answer = _through(_Fork, _placeholders(hidden, answer.logps.dtype), answer, self.wanted)
-        return _like_input(placeholders, input)
+        return self._output(placeholders, head, input)
 
-    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> TokenStats:
+    def _output(self, placeholders: Tensor, head: nn.Linear, input: Any) -> Tensor:
+        output, self.copies = as_output(placeholders, head, input)
+        return output
+
+    def _score(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, part: VocabSlice | None
+    ) -> TokenStats:
         scale, softcap = self.transform
         options = head_options(
-            hidden, weight, bias=bias, logit_scale=scale, softcap=softcap, plan=self.plan, adapter=adapter
+            hidden,
+            weight,
+            bias=bias,
+            logit_scale=scale,
+            softcap=softcap,
+            plan=self.plan,
+            adapter=adapter,
+            is_slice=part is not None,
         )
         options = at_temperature(options, self.temperature)
-        if torch.compiler.is_compiling() and not self.wanted.asked:
+        if part is None and torch.compiler.is_compiling() and not self.wanted.asked:
             # How many tokens are scored is data: the operator selects them itself, so that one graph serves all.
             from orpo_kernels.compiled import compiled_linear_logps
 
@@ -126,15 +148,29 @@ class Request:
             return TokenStats(
                 compiled_linear_logps(hidden, weight, bias, targets, rows, self.ignore_index, options, adapter)
             )
-        return self._score_eagerly(hidden, weight, bias, adapter, options)
+        return self._score_eagerly(hidden, weight, bias, adapter, options, part)
 
     @torch.compiler.disable  # the compiled operator gives log-probabilities alone
     def _score_eagerly(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, options: HeadOptions
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapter: Tensor | None,
+        options: HeadOptions,
+        part: VocabSlice | None,
     ) -> TokenStats:
         scored = self.scored
         if scored.targets.device != hidden.device:
             scored = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), scored)
+        if part is not None:
+            if self.wanted.asked:
+                raise RuntimeError(
+                    f"the head is cut over {part.ranks} ranks, where there are log-probabilities only: ask for no "
+                    "statistics, or leave the head whole (without tensor parallelism)"
+                )
+            shape = self.targets.shape
+            return TokenStats(scored_slice_logps(hidden, weight, bias, scored, shape, options, part, adapter))
         return scored_token_stats(hidden, weight, bias, scored, self.targets.shape, options, adapter, self.wanted)
 
 
@@ -243,58 +279,8 @@ def _placeholders(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return placeholder_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
 
 
-def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias such that this rank can multiply them by itself.
-
-    A tensor-parallel head is gathered: every rank of its group has the same hidden states, works on the whole
-    weight and keeps its own part of the gradient.
-    """
-    weight: Any = head.weight
-    bias: Any = head.bias
-    if _is_dtensor(weight):
-        if not (_is_dtensor(input) or is_tensor_parallel(head)):
-            raise RuntimeError(
-                f"the head's weight is a DTensor {weight.placements} and its input a plain tensor, so nn.Linear "
-                "could not multiply them either: call the FSDP model rather than the one inside it, or shard the "
-                "head with a parallel style that turns its input into a DTensor (ColwiseParallel)"
-            )
-        input, weight, bias = gathered(input), gathered(weight), gathered(bias)
-    # PEFT makes the copy of a tied head from the embeddings' description: its two sizes are exchanged.
-    sizes = {(head.out_features, head.in_features), (head.in_features, head.out_features)}
-    if weight.shape not in sizes or weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(
-            f"the head's weight has shape {tuple(weight.shape)} and the head is {head.in_features} -> "
-            f"{head.out_features}: the weight was exchanged by hand, or is sharded by something that does not "
-            "gather it for the head's forward"
-        )
-    return input, weight, bias
-
-
-def gathered(tensor: Any) -> Any:
-    """The whole of a DTensor, whose gradient is the same on every rank; anything else as it is."""
-    if not _is_dtensor(tensor):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
-
-
 def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _like_input(placeholders: Tensor, input: Any) -> Tensor:
-    """A DTensor where the head was given one, since what follows such a head expects one."""
-    if not _is_dtensor(input):
-        return placeholders
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = input.device_mesh
-    return DTensor.from_local(placeholders, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _is_dtensor(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")
 
 
 def _mean_logits(
@@ -304,18 +290,22 @@ def _mean_logits(
     adapter: Tensor | None,
     scale: float,
     over: Tensor | Sequence[Tensor],
+    part: VocabSlice | None = None,
 ) -> Tensor:
     """Each of S sequences' mean logit over its positions `over` and the vocabulary: [S], no gradient.
 
     The mean of a linear map is the map of the mean: mean_t(h_t) . mean_v(W_v) + mean(b). In fp32, or fp64 for fp64
-    hidden states.
+    hidden states. part: which rows these are, each rank's giving its share of the mean.
     """
+    rows = weight.shape[0] if part is None else part.vocab_size
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         columns = [weight] if adapter is None else [weight, adapter]
-        mean = _mean_hidden(hidden, over, wide) @ torch.cat([part.mean(0, dtype=wide) for part in columns])
+        mean = _mean_hidden(hidden, over, wide) @ torch.cat([block.sum(0, dtype=wide) for block in columns]) / rows
         if bias is not None:
-            mean = mean + bias.mean(dtype=wide)
+            mean = mean + bias.sum(dtype=wide) / rows
+        if part is not None:
+            torch.distributed.all_reduce(mean, group=part.group)
         return mean * scale
 
 

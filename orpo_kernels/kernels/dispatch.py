@@ -25,8 +25,9 @@ def choose(
     train_weight: bool,
     in_place: bool = False,
     statistics: Statistics = NO_STATISTICS,
+    ranks: int = 1,
 ) -> tuple[Backend, Schedule]:
-    """The backend and the loop sizes. in_place, statistics: as for `Plan.schedule`."""
+    """The backend and the loop sizes. in_place, statistics, ranks: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_vocab_tiles: bool) -> Schedule:
@@ -44,6 +45,7 @@ def choose(
             cast=head.weight.dtype != head.compute_dtype,
             in_place=in_place,
             statistics=statistics,
+            ranks=ranks,
         )
 
     # The kernels have no epilogue for a gradient of the entropy.

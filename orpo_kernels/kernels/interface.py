@@ -28,17 +28,29 @@ from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics, TokenStat
 from orpo_kernels.plan import Schedule
 
 
+class TargetLogits(NamedTuple):
+    """Of tokens whose head is a slice of a vocabulary.
+
+    value: [N] fp64, z_y, whichever slice has its row. slope: [N] accumulation dtype, f' there, 0 where another has.
+    """
+
+    value: Tensor
+    slope: Tensor
+
+
 class Tokens(NamedTuple):
     """The scored tokens.
 
     hidden: [R, D], any strides, its own dtype (cast to the head's compute dtype chunk by chunk).
     rows: [N] int64, the row of `hidden` that predicts each token; None when N == R and they correspond.
-    targets: [N] int64 in [0, V).
+    targets: [N] int64 in [0, V); -1 where the target is none of the head's rows, all of which then compete.
+    known: where the head is a slice of a vocabulary.
     """
 
     hidden: Tensor
     rows: Tensor | None
     targets: Tensor
+    known: TargetLogits | None = None
 
 
 class Head(NamedTuple):
@@ -150,3 +162,9 @@ class Backend(Protocol):
         times 1 - p(target). kept: its values are let go as they are used, so that their memory can serve the gradient.
         entropy: given only where nothing is kept.
         """
+
+    def target_logits(self, tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+        """Of a slice, before its forward: of the tokens whose target it has; 0 for the others."""
+
+    def settle_kept(self, kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+        """Of a slice, after its forward: makes what was kept fit the whole vocabulary's L, [N] fp64; in place."""

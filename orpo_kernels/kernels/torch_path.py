@@ -26,7 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.kernels.interface import EntropyGradient, Forward, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.kernels.interface import (
+    EntropyGradient,
+    Forward,
+    Head,
+    HeadGradients,
+    KeptLogitGrads,
+    TargetLogits,
+    Tokens,
+)
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics, TokenStatistics, entropy_slopes
 from orpo_kernels.kernels.torch_statistics import LEAST_LOG, RunningStatistics
@@ -94,9 +102,13 @@ class _Chunk:
         self.kept = out.kept if keep else None
         c, wide = self.y.numel(), math.wide
         self.sums = torch.zeros(c, dtype=wide, device=self.y.device)
-        self.z_y = torch.zeros_like(self.sums)
+        self.known = tokens.known is not None
+        if tokens.known is None:
+            self.z_y = torch.zeros_like(self.sums)
+            self.slope_y = torch.full_like(self.sums, math.head.logit_scale)
+        else:
+            self.z_y, self.slope_y = tokens.known.value[chunk].to(wide), tokens.known.slope[chunk]
         self.reference = torch.full_like(self.sums, -torch.inf)
-        self.slope_y = torch.full_like(self.sums, math.head.logit_scale)
         self.product = self._sum_of_products(out.u)
         self.entropy_product = self._sum_of_products(out.statistics.entropy_u)
         self.tile: Tensor | None = math.tile_buffer(c, block)
@@ -121,9 +133,10 @@ class _Chunk:
         self.statistics.see_logits(z)
         at, inside = _target_columns(self.y, columns)
         z_at = z.gather(1, at).squeeze(1)
-        self.z_y = torch.where(inside, z_at, self.z_y)
+        if not self.known:
+            self.z_y = torch.where(inside, z_at, self.z_y)
         z.scatter_(1, at, z_at.masked_fill(inside, -torch.inf)[:, None])
-        if slope is not None:
+        if slope is not None and not self.known:
             self.slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), self.slope_y)
         maximum = z.amax(1)
         self.statistics.see_competitors(z, maximum, z_at, at, inside, self.y >= columns.stop)
@@ -266,6 +279,39 @@ def weight_gradient(
     return HeadGradients(d_weight, d_bias, d_adapter)
 
 
+def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+    """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
+    math = _Products(head, head.weight.device)
+    n, wide = tokens.targets.numel(), head.accumulation_dtype
+    value = torch.zeros(n, dtype=torch.float64, device=head.weight.device)
+    slope = torch.zeros(n, dtype=wide, device=head.weight.device)
+    # A row's operands and their products take the room of its tile.
+    for part in chunks_of(n, max(1, schedule.forward_chunk // 4)):
+        y = tokens.targets[part]
+        for all_of, found in zip((value, slope), math.target_logits(math.hidden_rows(tokens, part), y), strict=True):
+            all_of[part] = torch.where(y < 0, 0.0, found)
+    return TargetLogits(value, slope)
+
+
+def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+    """Nothing to do: the target's entry is put in by the gradient."""
+
+
+def settle_u(u: Tensor, tokens: Tokens, head: Head, own: Tensor, rest: Tensor, step: int) -> None:
+    """u [N, D] of a slice, in place, as its part of the whole vocabulary's u.
+
+    The forward gave `f'_y W[y] - (q_p f') W` with q_p over the slice's own competitors. The whole vocabulary's q is
+    `own` [N] times that, so this part is `own u + rest f'_y W[y]` with `rest` = 1 - own. step: tokens at a time.
+    """
+    assert tokens.known is not None
+    math = _Products(head, head.weight.device)
+    for part in chunks_of(u.shape[0], step):
+        total = u[part].to(math.wide).mul_(own[part, None])
+        math.add_target_rows(total, tokens.targets[part], rest[part].to(math.wide) * tokens.known.slope[part])
+        if u.dtype != math.wide:
+            u[part] = total
+
+
 class _Products:
     """Products whose operands are rounded to the compute dtype and whose results are wide."""
 
@@ -303,6 +349,7 @@ class _Products:
     def target_rows(self, y: Tensor) -> Tensor:
         """The targets' rows of the weight [C, D + r], rounded to the compute dtype, wide."""
         parts = [self.head.weight] + ([] if self.head.adapter is None else [self.head.adapter])
+        y = y.clamp_min(0)  # -1: none of the rows; the caller has a slope of 0 for it
         rows = [part.index_select(0, y).to(self.head.compute_dtype).to(self.wide) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
@@ -361,14 +408,16 @@ class _Products:
         """total += f'_y W[y]."""
         total.addcmul_(self.target_rows(y), slope_y[:, None])
 
-    def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
-        """f' at the target's logit under a soft-cap, from a row dot."""
+    def target_logits(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z and f' at the target [C], from a row dot."""
         head = self.head
-        assert head.softcap is not None
         x = (h.to(self.wide) * self.target_rows(y)).sum(1)
         if head.bias is not None:
-            x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
-        return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
+            x += head.bias.index_select(0, y.clamp_min(0)).to(head.compute_dtype).to(self.wide)
+        if head.softcap is None:
+            return x * head.logit_scale, torch.full_like(x, head.logit_scale)
+        bent = torch.tanh(x * (head.logit_scale / head.softcap))
+        return head.softcap * bent, head.logit_scale * (1 - bent.square())
 
 
 def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) -> Tensor | None:
@@ -376,7 +425,7 @@ def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) 
     parts = list(chunks_of(keep_rows, step))
     if not parts:
         return None
-    return torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
+    return torch.cat([math.target_logits(math.hidden_rows(tokens, p), tokens.targets[p])[1] for p in parts])
 
 
 def _kept_competitors(tile: Tensor, kept: KeptLogitGrads, chunk: slice, columns: slice, lse: Tensor) -> Tensor:

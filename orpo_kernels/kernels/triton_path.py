@@ -28,9 +28,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
-from orpo_kernels.kernels.interface import EntropyGradient, Forward, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.kernels.interface import (
+    EntropyGradient,
+    Forward,
+    Head,
+    HeadGradients,
+    KeptLogitGrads,
+    TargetLogits,
+    Tokens,
+)
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
-from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
+from orpo_kernels.kernels.rows import maximum_kernel, scale_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
@@ -42,6 +50,8 @@ from orpo_kernels.plan import Schedule
 _SLICES = 64
 # How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
+# Of a kept row's sum, as a logarithm: bf16 and fp32 hold e^88.
+_LARGEST_SUM = 64.0
 # Stated, as Triton's default changes between versions.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -98,7 +108,10 @@ def forward(
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
-        target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+        if tokens.known is None:
+            target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+        else:
+            target, slopes, bases = _known_targets(tokens.known)
         for chunk in chunks_of(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
@@ -122,8 +135,9 @@ def forward(
                 del product
             if kept is not None and keeps and tile is not None:
                 kept.reference[chunk, 0] = base * math.log(2)
-                own = -total * (slope_y / launch.left_out)
-                tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
+                if tokens.known is None:  # else S is that of a slice, and `settle_kept` knows the whole
+                    own = -total * (slope_y / launch.left_out)
+                    tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
             del hidden, partial, planes  # Before the next chunk's are made.
         return Forward(log_odds, lse, u, kept, statistics.finish(log_odds))
 
@@ -196,6 +210,46 @@ def weight_gradient(
             if d_bias is not None and total_bias is not None:
                 d_bias[columns] = total_bias
     return HeadGradients(d_weight, d_bias)
+
+
+def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+    """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
+    launch = _Launcher(head, _default_config(head, "sums", tokens.targets.numel()))
+    with _on(head.weight.device):
+        (t_y, low), slopes, _ = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+    absent = tokens.targets < 0
+    value = (t_y.double() + low.double()) * math.log(2)
+    return TargetLogits(value.masked_fill_(absent, 0.0), slopes.masked_fill(absent, 0.0))
+
+
+def _known_targets(known: TargetLogits) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_Launcher.targets` gives, from z_y itself."""
+    exact = known.value / math.log(2)
+    t_y = exact.float()
+    low = torch.where(t_y.isfinite(), exact - t_y, 0.0).float()
+    return torch.stack([t_y, low]), known.slope, torch.where(t_y == -torch.inf, 0.0, t_y)
+
+
+def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+    """Puts the targets' entries, `-S f'_y` with S over the whole vocabulary, into what a slice has kept; in place.
+
+    S is e^(L - reference). Where that is out of range, though the slice's own sum is not, the reference is raised and
+    the row falls with it.
+    """
+    assert tokens.known is not None
+    keep, tile = len(kept.reference), kept.values[0]
+    reference, y = kept.reference[:, 0], tokens.targets[:keep, None]
+    logarithm = lse[:keep] - reference
+    over = (logarithm - _LARGEST_SUM).clamp_(min=0.0).nan_to_num_(0.0)
+    with _on(tile.device):
+        scale_kernel[(triton.cdiv(keep, 16), 64)](
+            tile, (-over).exp().float(), tile.stride(0), keep, kept.columns, BC=16, BV=256, **_OPTIONS
+        )  # fmt: skip
+    left_out = head.logit_scale if head.softcap is None else 1.0
+    own = -(logarithm - over).exp() * (tokens.known.slope[:keep] / left_out)
+    y_held = y.clamp_min(0)
+    tile.scatter_(1, y_held, torch.where(y < 0, tile.gather(1, y_held), own[:, None].to(tile.dtype)))
+    kept.reference[:, 0] = reference + over.float()
 
 
 def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: KeptLogitGrads) -> Tensor:
