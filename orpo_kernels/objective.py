@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.odds_ratio import check_logps, odds_ratio_loss
 from orpo_kernels.presets import Preset, check_weight, get_preset
+
+if TYPE_CHECKING:
+    from orpo_kernels.sequence_parallel import Group
 
 # Kinds of scored token: in the chosen sequence's NLL only; in the chosen completion; in the rejected one.
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -119,6 +122,7 @@ def orpo_objective(
     preset: str | Preset | None = None,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on a rectangle of log-probs: B chosen rows, then their B rejected rows.
 
@@ -133,6 +137,9 @@ def orpo_objective(
         nll_normalizer: divides the summed NLL in place of this batch's count (of tokens, or of sequences, as
             the preset averages): a global count makes accumulated micro-batches and ranks add up exactly.
         pair_normalizer: likewise for the summed odds-ratio terms, in place of the count of valid pairs.
+        group: the ranks over which the sequences are cut (`sequence_parallel`); the log-probs are then those of
+            this rank's positions, and everything that comes back is that of the whole sequences, on every rank.
+            Gradients are to be averaged over it.
 
     Raises:
         ValueError: an odd number of rows; shapes that differ; beta or a normalizer negative or not finite; an
@@ -161,6 +168,7 @@ def orpo_objective(
         preset=preset,
         nll_normalizer=nll_normalizer,
         pair_normalizer=pair_normalizer,
+        group=group,
     )
 
 
@@ -174,6 +182,7 @@ def orpo_objective_flat(
     preset: str | Preset | None = None,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on flat arrays, one entry a scored token, in any order.
 
@@ -183,7 +192,7 @@ def orpo_objective_flat(
         kind: [N] int64, PROMPT, CHOSEN or REJECTED. The NLL runs over CHOSEN tokens and, unless the preset
             has `nll_over="chosen"`, over PROMPT tokens.
         num_pairs: B.
-        beta, preset, nll_normalizer, pair_normalizer: as for `orpo_objective`.
+        beta, preset, nll_normalizer, pair_normalizer, group: as for `orpo_objective`.
 
     Raises:
         ValueError: shapes that differ; a pair or kind out of range (on an accelerator, where finding out
@@ -217,6 +226,7 @@ def orpo_objective_flat(
         preset=preset,
         nll_normalizer=nll_normalizer,
         pair_normalizer=pair_normalizer,
+        group=group,
     )
 
 
@@ -230,13 +240,14 @@ def orpo_from_sums(
     preset: str | Preset | None = None,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on each sequence's summed log-probs and token count.
 
     Args:
         sums, counts: [2B] of the completions, the chosen first.
         nll_sums, nll_counts: [B] of the chosen sequences' NLL tokens.
-        beta, preset, nll_normalizer, pair_normalizer: as for `orpo_objective`, which tells the errors too.
+        beta, preset, nll_normalizer, pair_normalizer, group: as for `orpo_objective`, which tells the errors too.
     """
     preset = get_preset(preset)
     beta = preset.beta if beta is None else beta
@@ -245,6 +256,10 @@ def orpo_from_sums(
         raise ValueError(
             f"{sums.shape[0]} completions but {nll_sums.shape[0]} sequences in the NLL: give 2B and B rows"
         )
+    if group is not None:
+        from orpo_kernels.sequence_parallel import sum_over_ranks
+
+        sums, counts, nll_sums, nll_counts = sum_over_ranks(group, sums, counts, nll_sums, nll_counts)
 
     num_pairs = nll_sums.shape[0]
     logps = sums / counts.clamp(min=1)
