@@ -13,9 +13,10 @@ from torch import Tensor
 
 from orpo_kernels.objective import PROMPT, REJECTED, OrpoOutput, orpo_from_sums
 from orpo_kernels.presets import Preset
+from orpo_kernels.sequence_parallel import Group, sum_over_ranks
 
 # completion sum and count (chosen, rejected), NLL sum and count, mean logit (chosen, rejected), aux loss
-_COLUMNS = 9
+_COLUMNS, _LOGITS = 9, 6
 
 
 def pair_rows(
@@ -53,6 +54,17 @@ def pair_rows(
         torch.zeros_like(nll) if aux_loss is None else aux_loss.detach().expand_as(nll),
     )
     return torch.stack([column.to(logps) for column in columns], dim=1)
+
+
+def whole_rows(rows: Tensor, positions: Tensor, group: Group) -> Tensor:
+    """`pair_rows` [B, 9] of whole sequences, from those of the positions that this rank of `group` holds.
+
+    positions: [2B], how many of them its mean logits were taken over.
+    """
+    counts = positions.view(2, -1).T.to(rows)  # [B, 2]: chosen, rejected
+    before, logits, after = rows.split([_LOGITS, 2, _COLUMNS - _LOGITS - 2], 1)
+    before, logits, after, counts = sum_over_ranks(group, before, logits * counts, after, counts)
+    return torch.cat([before, logits / counts, after], 1)
 
 
 def pair_metrics(rows: Tensor, *, beta: float, preset: Preset) -> dict[str, float]:

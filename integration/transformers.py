@@ -39,13 +39,14 @@ from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
+from orpo_kernels.sequence_parallel import sum_over_ranks
 
 from .data.collator import LayoutCollator, PreferenceCollator
 from .data.dataset import announce, prepare_dataset, refuse_splits
 from .data.limits import Limits
 from .data.tokenization import check_max_length
 from .lm_head import ModelLogps, attach
-from .metrics import flat_counts, flat_pair_rows, pair_metrics, pair_rows
+from .metrics import flat_counts, flat_pair_rows, pair_metrics, pair_rows, whole_rows
 from .packing.gate import LayoutGate, model_inputs
 from .packing.kernels import flash_is_installed
 from .packing.layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
@@ -54,6 +55,7 @@ from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.row_order import RowOrder
 from .training.running import RunningMetrics
+from .training.sequence_parallel import CutSequences
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -157,7 +159,7 @@ class ORPOConfig(TrainingArguments):
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
+class ORPOTrainer(CutSequences, RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
@@ -219,7 +221,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
         eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
         tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
-        data_collator = self._collator(data_collator, tokens)
+        collator = self._collator(data_collator, tokens)
         accelerator_config: Any = args.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Sent from one process to the others, the batches of a stream would have to be of one length.
@@ -232,7 +234,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -243,6 +245,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         # Whether Trainer divides the loss by the number of micro-batches hangs on this and on a count being given.
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
+        self._prepare_to_cut(data_collator)
         if tokens:
             announce(f"training data: {self.data_summary}\n{self._layout_told(tokens)}", args)
 
@@ -267,16 +270,14 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         if args.packs_where_worth_it and (given is not None or not self._is_worth_packing(tokens)):
             wanted = "padded"
         if given is None and wanted == "padded":
-            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
-            return PreferenceCollator(tokenizer, padding_value=args.padding_value, nll_over=nll_over)
+            return self._padded_collator()
         if given is None:
-            nll_over = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
             return LayoutCollator(
                 tokenizer,
                 wanted,
                 row_length=args.packing_length,
                 padding_value=args.padding_value,
-                nll_over=nll_over,
+                nll_over=self._nll_over,
             )
         if wanted != "padded" and not isinstance(given, LayoutCollator):
             raise ValueError(
@@ -284,6 +285,14 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
                 f"share_prefix={args.share_prefix!r}: leave it out, or use data.LayoutCollator"
             )
         return given
+
+    @property
+    def _nll_over(self) -> NllOver:
+        return "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+
+    def _padded_collator(self) -> PreferenceCollator:
+        tokenizer: Any = self.processing_class
+        return PreferenceCollator(tokenizer, padding_value=self.args.padding_value, nll_over=self._nll_over)
 
     def _is_worth_packing(self, tokens: dict[Name, float]) -> bool:
         """Whether fewer tokens are computed by a tenth, with attention that has been measured to profit."""
@@ -297,7 +306,9 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         used: Name = getattr(self.data_collator, "name", "padded")
         best: Name = self.args.layout if self.args.layout != "padded" else "shared"
         saved = 1 - tokens[best] / tokens["padded"]
-        if used == "padded":
+        if self._cut > 1:
+            meaning = f"rows are padded, and cut over {self._cut} ranks"
+        elif used == "padded":
             meaning = f"rows are padded; packing=True would compute {saved:.0%} fewer tokens"
         else:
             meaning = f"rows are {used}, which computes {saved:.0%} fewer tokens than padded ones"
@@ -313,10 +324,12 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
             self._logps = attach(self.model, self.args.plan)
             self._gate = LayoutGate(self._logps, self._everywhere, asked_for=not self.args.packs_where_worth_it)
-        normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
+        group = self._sequence_group(model.training)
+        options: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
+        options |= {} if group is None else {"group": group}
         score = self._score_layout if "layout" in inputs else self._score_padded
-        output, outputs, rows_of = score(self._logps, model, dict(inputs), normalizers)
-        loss = output.loss
+        output, outputs, rows_of = score(self._logps, model, dict(inputs), options)
+        loss = self._averaged(output.loss, group)
         if counts is not None:
             # DDP averages gradients over processes; the counts are already global.
             loss = loss * self.accelerator.num_processes
@@ -326,13 +339,18 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
             loss = loss + aux_loss / (self.current_gradient_accumulation_steps if counts is not None else 1)
         else:
             aux_loss = None
-        return loss, rows_of(aux_loss=aux_loss), outputs
+        rows = rows_of(aux_loss=aux_loss)
+        if group is not None:
+            rows = whole_rows(rows, inputs["attention_mask"].sum(1), group)
+        return loss, rows, outputs
 
     def _score_padded(
-        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
+        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]
     ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
         """(the objective, the model's outputs, what makes the rows for metrics) of `PreferenceCollator`'s batch."""
         targets, nll_targets = inputs.pop("targets"), inputs.pop("nll_targets", None)
+        for name in ("labels", "shift_labels"):  # only Ulysses' adapter asks for them
+            inputs.pop(name, None)
         if self.preset.nll_over == "chosen":
             nll_targets = None
         logps, outputs = ours.logps(
@@ -345,12 +363,12 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         targets = targets.to(logps.device)
         nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
         output = orpo_from_logps(
-            logps, targets, nll_targets=nll_targets, beta=self.args.beta, preset=self.preset, **normalizers
+            logps, targets, nll_targets=nll_targets, beta=self.args.beta, preset=self.preset, **options
         )
         return output, outputs, partial(pair_rows, logps, targets, nll_targets, outputs.get("mean_logits"))
 
     def _score_layout(
-        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
+        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]
     ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
         """The same of `LayoutCollator`'s batch."""
         assert self._gate is not None
@@ -366,7 +384,7 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
         )
         tokens = (logps, batch["pair"].to(logps.device), batch["kind"].to(logps.device))
         output = orpo_objective_flat(
-            *tokens, num_pairs=layout.num_pairs, beta=self.args.beta, preset=self.preset, **normalizers
+            *tokens, num_pairs=layout.num_pairs, beta=self.args.beta, preset=self.preset, **options
         )
         sizes = (layout.num_pairs, layout.longest)
         return output, outputs, partial(flat_pair_rows, *tokens, *sizes, self.preset, outputs.get("mean_logits"))
@@ -397,9 +415,11 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
                 counts += found.to(counts)
                 continue
             completion = (batch["targets"] != -100).sum(-1)
-            chosen, rejected = completion.chunk(2)
             over_chosen = self.preset.nll_over == "chosen" or "nll_targets" not in batch
-            nll = chosen if over_chosen else (batch["nll_targets"] != -100).sum(-1)
+            nll = completion.chunk(2)[0] if over_chosen else (batch["nll_targets"] != -100).sum(-1)
+            if self._sp_size > 1:
+                completion, nll = sum_over_ranks(self._sequence_group(True), completion.to(device), nll.to(device))
+            chosen, rejected = completion.chunk(2)
             nll_count = nll.sum() if self.preset.nll_mean == "tokens" else (nll > 0).sum()
             counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
@@ -425,10 +445,10 @@ class ORPOTrainer(RowOrder, EvaluationRows, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        cut, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))
+        with cut(), torch.no_grad(), self.compute_loss_context_manager():
             loss, rows, _ = self.orpo(model, inputs)
-        self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        self._eval_rows.append(self._once_each(rows))
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:

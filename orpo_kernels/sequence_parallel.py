@@ -11,8 +11,9 @@ and every metric, is then the same on every rank, and the same as in one process
 
 **Gradients are averaged.** The ranks' losses are P copies of one, and the all-reduce sends back the exact gradient of
 their sum, `sum over ranks of dL/dS = P dL/dS`, as torch.distributed's own differentiable collectives do. So a rank's
-parameters get P times what its positions contribute, and the mean over the group, which DDP, FSDP and DeepSpeed take
-by themselves, is the gradient of one process. Who sums the gradients over the group divides the loss by P.
+parameters get P times what its positions contribute, and the mean over the group, which DDP and FSDP take by
+themselves, is the gradient of one process. Who sums the gradients over the group, as DeepSpeed does over that of its
+Ulysses, divides the loss by P.
 
 Which positions a rank holds does not matter, so a balanced cut, as ring attention makes, serves as well as a plain
 one. But a position's target lies at the next one, perhaps on another rank: shift first, then cut (`shift_and_cut`).
@@ -20,7 +21,7 @@ one. But a position's target lies at the next one, perhaps on another rank: shif
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from orpo_kernels.linear_logps import shift_labels
 
-Group = dist.ProcessGroup | DeviceMesh
+# In quotes: a torch that is built without torch.distributed has no ProcessGroup.
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh"
 
 
 def sum_over_ranks(group: Group, *tensors: Tensor) -> list[Tensor]:
@@ -70,8 +72,8 @@ def process_group(group: Any) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"group is a mesh of {group.ndim} dimensions {group.mesh_dim_names}: give the one along which sequences "
-                "are cut, as in mesh['cp']"
+                f"group is a mesh of {group.ndim} dimensions {group.mesh_dim_names}: give the one along which "
+                "sequences are cut, as in mesh['cp']"
             )
         return group.get_group()
     if not isinstance(group, dist.ProcessGroup):

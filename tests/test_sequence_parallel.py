@@ -37,7 +37,7 @@ STEPS, RATE = 3, 0.2
 
 @dataclass
 class Batch:
-    """Whole sequences. hidden [2B, T, D], weight [V, D], bias [V]; labels [2B, T] and nll_labels [B, T], not shifted."""
+    """Whole sequences: hidden [2B, T, D], weight [V, D], bias [V], labels [2B, T], nll_labels [B, T]; not shifted."""
 
     hidden: Tensor
     weight: Tensor
@@ -259,7 +259,8 @@ def groups_of(cut: int) -> Iterator[range]:
 def test_cut_sequences_give_what_whole_ones_give(ranks: list[dict[Any, Any]], name: str, dtype: torch.dtype, cut: int):
     bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     expected, gradients = CASES[name](make_batch(dtype), None)
-    assert expected and gradients
+    assert expected
+    assert gradients
     for members in groups_of(cut):
         found = [ranks[rank][name, cut, dtype] for rank in members]
         for one, _ in found:
