@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..head.lora import virtual_tokens
 from ..lm_head import ModelLogps
-from .attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
+from .attention import UnsupportedLayout, restore_attention, stand_in_mask, transformers_model, use_packed_attention
 from .layout import Layout, Name
 
 logger = logging.getLogger("orpo_kernels")
@@ -85,7 +85,7 @@ class LayoutGate:
         for name in ORDER[ORDER.index(wanted) : -1]:
             reason = self._trial(batch, name, model)
             if self.everywhere(reason is None):
-                use(self.logps.model)
+                use_packed_attention(self.logps.model)
                 return self._fall_back(wanted, name)
             self.reasons.append(f"{name}: {reason or 'refused by another process'}")
         return self._fall_back(wanted, "padded")
@@ -111,7 +111,7 @@ class LayoutGate:
         inner = transformers_model(self.logps.model)
         before = inner.config._attn_implementation
         try:
-            use(self.logps.model)
+            use_packed_attention(self.logps.model)
             found = self._logps_of(laid, model)
         except torch.OutOfMemoryError:
             raise
@@ -121,7 +121,7 @@ class LayoutGate:
             # A model that was not written for such rows may stumble over them anywhere.
             return f"{type(error).__name__}: {error}"
         finally:
-            restore(self.logps.model, before)
+            restore_attention(self.logps.model, before)
         expected = self._logps_of(right, model)
         return _wrong_calls(calls, inner.config.get_text_config(decoder=True)) or _disagreement(found, expected, inner)
 

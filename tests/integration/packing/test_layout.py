@@ -26,7 +26,7 @@ from transformers import (
 from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
 from orpo_kernels.integration.metrics import flat_counts, flat_pair_rows, pair_rows
-from orpo_kernels.integration.packing.attention import restore
+from orpo_kernels.integration.packing.attention import restore_attention
 from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
 from orpo_kernels.integration.packing.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
 from orpo_kernels.integration.packing.layout import sides as sides_of
@@ -278,7 +278,7 @@ def test_mean_logits_are_those_of_separate_rows(build: Any, name: Any, row_lengt
         return
     sequences = [one[f"{side}_input_ids"] for side in ("chosen", "rejected") for one in ROWS]
     assert not outputs["mean_logits"].requires_grad
-    restore(made, "sdpa")  # the eager attention takes its softmax in fp32
+    restore_attention(made, "sdpa")  # the eager attention takes its softmax in fp32
     with torch.no_grad():
         expected = torch.stack([made(torch.tensor([ids])).logits.mean() for ids in sequences])
     torch.testing.assert_close(outputs["mean_logits"], expected, rtol=1e-12, atol=1e-15)
