@@ -115,7 +115,7 @@ def predict_layout(
     _check(layout, vocab_size)
     n, d, rows = layout.tp * tokens, hidden_size, ceil(vocab_size / layout.tp)
     compute = predict(plan or Plan(), n, d, rows, card, train_hidden=True, train_weight=train_weight, softcap=softcap)
-    layer = 2 * _LAYER * d * d * tokens / (1.0 - ignored) / (CARDS[card].tflops * 1e9)  # ms of its forward
+    layer = _layer_ms(tokens, d, card, ignored)
     exchanges = []
     if layout.tp > 1:
         tp = _Ring(layout.tp, layout.tp)
@@ -134,6 +134,13 @@ def predict_layout(
         sums = 4 * 6 * pairs * layout.cp * layout.tp
         exchanges += [cp.all_reduce("sums of sequences", sums), cp.all_reduce("their gradients", sums)]
     return OnRanks(layout, compute, tuple(exchanges), _ITEM * rows * d)
+
+
+def tokens_to_hide(layout: Layout, hidden_size: int, vocab_size: int, card: str, *, ignored: float = 0.25) -> int:
+    """Scored tokens to a card from which on the layer before the head takes as long as the gather of its weight."""
+    one = predict_layout(layout, 1, hidden_size, vocab_size, card, pairs=1, train_weight=False, ignored=ignored)
+    (gather,) = (exchange.ms for exchange in one.exchanges if exchange.name == "weight")
+    return ceil(gather / _layer_ms(1, hidden_size, card, ignored))
 
 
 def layouts_of(tp: int, cards: int) -> list[Layout]:
@@ -169,6 +176,11 @@ class _Ring:
         return Exchange(name, moved, ms, min(ms, beside))
 
 
+def _layer_ms(tokens: int, d: int, card: str, ignored: float) -> float:
+    """Of a decoder layer's forward; tokens: scored ones."""
+    return 2 * _LAYER * d * d * tokens / (1.0 - ignored) / (CARDS[card].tflops * 1e9)
+
+
 def _backward(compute: Prediction) -> float:
     """ms of what a trained head's weight gradient takes."""
     parts = ("logits again", "   their gradients", "gradients x hidden", "   sums of cut products")
@@ -201,12 +213,18 @@ def report(
             for layout in layouts
         ]
         lines += ["", f"{setting}:", "", *table(found)]
+    enough = [
+        f"{tokens_to_hide(layout, hidden_size, vocab_size, card, ignored=options['ignored']):,} on {layout.cards} cards"
+        for layout in layouts
+        if layout.tp == layout.cp == 1
+    ]
+    lines += ["", f"FSDP's gather hides wholly from as many scored tokens a card on: {', '.join(enough)}."]
     return "\n".join(lines)
 
 
 def table(found: list[OnRanks]) -> list[str]:
     """Lines of Markdown, a layout each."""
-    names = ("cards", "layout", "weight, MiB", "over links, MB", "link, ms", "hidden, ms", "head's work, ms", "all, ms")
+    names = ("cards", "layout", "weight, MiB", "over links, MB", "link, ms", "hidden, ms", "head, ms", "all, ms")
     lines = [_row(names), _row(["---"] * len(names))]
     for one in found:
         hidden = one.link_ms - one.exposed_ms

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orpo_kernels import Plan
 from orpo_kernels.__main__ import main
 from orpo_kernels.costs import predict
-from orpo_kernels.scale import LATENCY_FABRIC, LATENCY_NODE, Layout, OnRanks, layouts_of, predict_layout
+from orpo_kernels.scale import LATENCY_FABRIC, LATENCY_NODE, Layout, OnRanks, layouts_of, predict_layout, tokens_to_hide
 
 N, D, V = 4096, 4096, 128256
 
@@ -53,6 +53,14 @@ def test_sequences_over_ranks_by_hand():
     # Sums and counts in fp32 of 2 completions and a chosen sequence a pair; a group has 8 x 2 pairs.
     assert found["sums of sequences"][0] == found["their gradients"][0] == 2 * 7 / 8 * 4 * 6 * 16
     assert found["weight"] == by_name(on(Layout(fsdp=8)))["weight"]
+
+
+@pytest.mark.parametrize("layout", [Layout(fsdp=8), Layout(tp=8, fsdp=64)])
+def test_the_tokens_that_hide_a_gather(layout: Layout):
+    enough = tokens_to_hide(layout, D, V, "h100")
+    for tokens, hides in ((enough, True), (enough - 1, False)):
+        _, ms, hidden = by_name(on(layout, tokens=tokens))["weight"]
+        assert (hidden == ms) == hides
 
 
 def test_a_card_alone_is_the_prediction_of_costs():

@@ -224,8 +224,24 @@ def work(rank: int, folder: Path) -> None:
         for dtype in dtypes
     }
     torch.save(found, folder / f"rank{rank}.pt")
-    torch.save(errors_of(groups[2]), folder / f"errors{rank}.pt")
+    torch.save(errors_of(groups[2]) | {"travelled": travelled(groups[4])}, folder / f"more{rank}.pt")
     dist.destroy_process_group()
+
+
+def travelled(group: Any) -> list[int]:
+    """How many numbers each exchange of a loss and its backward moved."""
+    counted, all_reduce = [], dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        counted.append(tensor.numel())
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = counting
+    try:
+        from_hidden_states(make_batch(), group, "trl")
+    finally:
+        dist.all_reduce = all_reduce
+    return counted
 
 
 def errors_of(mesh: Any) -> dict[str, str]:
@@ -246,7 +262,7 @@ def errors_of(mesh: Any) -> dict[str, str]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, (folder,), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}.pt") | torch.load(folder / f"errors{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(folder / f"rank{rank}.pt") | torch.load(folder / f"more{rank}.pt") for rank in range(RANKS)]
 
 
 def groups_of(cut: int) -> Iterator[range]:
@@ -292,6 +308,10 @@ def test_gradients_are_not_zero():
     for name, case in CASES.items():
         _, gradients = case(make_batch(), None)
         assert all(grad.abs().max() > 0 for grad in gradients.values()) == ("no scored token" not in name)
+
+
+def test_six_numbers_a_pair_travel_each_way(ranks: list[dict[Any, Any]]):
+    assert all(found["travelled"] == [6 * PAIRS, 6 * PAIRS] for found in ranks)
 
 
 def test_a_group_that_is_none_is_refused_by_name(ranks: list[dict[Any, Any]]):

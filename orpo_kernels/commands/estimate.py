@@ -96,7 +96,7 @@ def _over_ranks(args: argparse.Namespace, head: HeadSize, dtype: torch.dtype, to
         head.hidden_size,
         head.vocab_size,
         args.device if args.device in CARDS else "h100",
-        cards=(8, 64, 512),
+        cards=(8, 512),
         pairs=args.pairs,
         softcap=head.softcap is not None,
         ignored=args.ignored,

@@ -120,7 +120,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.shows(
     "Wrappers",
     "accelerate `cp_size=2`, {name}",
-    "4 processes (gloo, CPU), a model without attention, against 1 process on whole sequences",
+    "2 processes (gloo, CPU), a model without attention, against 1 process on whole sequences",
 )
 @pytest.mark.parametrize("name", RUNS)
 def test_context_parallelism_trains_as_one_process(name: str, ranks: list[dict[str, Any]], tmp_path: Path):
