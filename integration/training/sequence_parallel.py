@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.sequence_parallel import Group
+from orpo_kernels.sequence_parallel import Group, sum_over_ranks
 
 from ..data.collator import LayoutCollator
 from ..head.lora import virtual_tokens
@@ -65,6 +65,15 @@ class CutSequences:
         if group is None or self._sp_size == 1:
             return loss
         return loss.detach() + (loss - loss.detach()) / self._sp_size
+
+    def _mean_logits(self, outputs: Any, inputs: Mapping[str, Any], group: Group | None) -> Tensor | None:
+        """Each sequence's mean logit [2B], from those over this rank's positions."""
+        means: Tensor | None = outputs.get("mean_logits")
+        if means is None or group is None:
+            return means
+        counts = inputs["attention_mask"].sum(1).to(means)
+        sums, counts = sum_over_ranks(group, means * counts, counts)
+        return sums / counts
 
     def _padded_collator(self) -> Any:
         raise NotImplementedError

@@ -41,7 +41,7 @@ def losses_of(trainer: Any, tokenizer: Any) -> dict[str, Loss]:
 
     def padded(rows: list[dict[str, Any]]) -> Tensor:
         restore_attention(trainer.model, usual)
-        batch: dict[str, Any] = PreferenceCollator(tokenizer)([pair_of(row) for row in rows])
+        batch: Any = PreferenceCollator(tokenizer)([pair_of(row) for row in rows])
         targets, nll_targets = batch.pop("targets"), batch.pop("nll_targets")
         logps, _ = ours.logps(merge_targets(targets, nll_targets), use_cache=False, **batch)
         return orpo_from_logps(logps, targets, nll_targets=nll_targets, preset="trl").loss

@@ -345,7 +345,7 @@ def test_no_logits(tmp_path):
     trainer.train()
     trainer.evaluate()
     assert widths == {7}
-    assert trainer._logps.plan is plan
+    assert trainer.head_logps.plan is plan
 
 
 @pytest.mark.shows("Trainers", "TRL, bf16", "first gradients no further from float64 than twice stock TRL's")

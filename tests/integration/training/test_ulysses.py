@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from trainers import OWN, llama, make, pairs
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,8 @@ def _process(rank: int, folder: Path, name: str, port: int) -> None:
     os.environ["MASTER_PORT"] = str(port)
     deepspeed.init_distributed(dist_backend="gloo")
     stage, options = RUNS[name]
-    parallelism = ParallelismConfig(sp_size=2)
+    handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa", sp_seq_length_is_variable=True)
+    parallelism = ParallelismConfig(sp_size=2, sp_handler=handler)
     logs, trainer = run(folder, deepspeed=_deepspeed(stage), parallelism_config=parallelism, **options)
     engine = trainer.model_wrapped
     if stage:
