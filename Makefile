@@ -36,7 +36,7 @@ DS = $(VENV)-deepspeed
 test-deepspeed: $(DS)/.built
 	rm -f $(DS)/extensions/*/lock  # left by a run that was cut off, it would be waited for
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(DS))/extensions \
-	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py $(PYTEST_OPTIONS)
+	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py tests/integration/training/test_ulysses.py $(PYTEST_OPTIONS)
 
 $(DS)/.built: $(BIN)/.test
 	$(call SCRATCH,$(DS),$(BIN))

@@ -45,6 +45,7 @@ MODELS = {
     "llama-3.2-1b": HeadSize(2048, 128256, dtype=torch.bfloat16),
     "gemma-2-2b": HeadSize(2304, 256000, softcap=30.0, dtype=torch.bfloat16),
     "llama-3-8b": HeadSize(4096, 128256, dtype=torch.bfloat16),
+    "llama-3-70b": HeadSize(8192, 128256, dtype=torch.bfloat16),
     "qwen3-8b": HeadSize(4096, 151936, dtype=torch.bfloat16),
 }
 

@@ -140,6 +140,14 @@ class LayoutGate:
 
 def refusal(model: nn.Module) -> str | None:
     """Why a model's configuration and modules rule packed rows out, or None."""
+    reason = mixing(model)
+    if reason is None and any(_drops(module) for module in model.modules()):
+        return "dropout is on: it would fall otherwise on a prompt that is there once"
+    return reason
+
+
+def mixing(model: nn.Module) -> str | None:
+    """What beside attention looks at other tokens than a position's own, or None; and why that cannot be known."""
     with suppress(UnsupportedLayout):
         inner = transformers_model(model)
         config: Any = inner.config.get_text_config(decoder=True)
@@ -157,8 +165,6 @@ def refusal(model: nn.Module) -> str | None:
         virtual = virtual_tokens(model)
         if virtual:
             return f"PEFT's prompt tuning puts {virtual} positions of its own before every row"
-        if any(_drops(module) for module in inner.modules()):
-            return "dropout is on: it would fall otherwise on a prompt that is there once"
         return None
     return "it is not a transformers model"
 
@@ -174,7 +180,7 @@ def _wrong_calls(calls: list[tuple[int | None, int | None]], config: Any) -> str
         return f"its {layers} layers called the attention function {len(calls)} times"
     for at, (index, window) in enumerate(calls):
         layer = at % layers if index is None else index
-        expected = _window(config, layer)
+        expected = window_of(config, layer)
         if layer != at % layers:
             return f"layer {layer} called the attention function in the place of layer {at % layers}"
         if window != expected:
@@ -182,7 +188,8 @@ def _wrong_calls(calls: list[tuple[int | None, int | None]], config: Any) -> str
     return None
 
 
-def _window(config: Any, layer: int) -> int | None:
+def window_of(config: Any, layer: int) -> int | None:
+    """How far back a layer attends, by a model's configuration; None for all the way."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds:
