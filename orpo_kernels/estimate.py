@@ -105,26 +105,28 @@ def estimate(
         raise ValueError(f"ignored={ignored}: use a share from 0 up to, not including, 1")
     positions = 2 * pairs * length
     scored = max(1, round(positions * (1.0 - ignored)))
+    return [
+        estimate_call(head, setting, positions, scored, dtype=dtype, device=device, plan=Plan(scratch_bytes, keep))
+        for setting, (_, _, keep) in SETTINGS.items()
+    ]
+
+
+def estimate_call(
+    head: HeadSize, setting: str, positions: int, scored: int, *, dtype: torch.dtype, device: str, plan: Plan
+) -> Estimate:
+    """One of SETTINGS, for as many hidden states and scored tokens; the plan says what is kept of logit gradients."""
+    train_hidden, train_weight, _ = SETTINGS[setting]
     logits = positions * head.vocab_size
     wide, item = max(4, dtype.itemsize), dtype.itemsize
     capped = head.softcap is not None
-
-    found = []
-    for setting, (train_hidden, train_weight, keep) in SETTINGS.items():
-        plan = Plan(scratch_bytes=scratch_bytes, keep_logit_grads=keep)
-        found.append(
-            Estimate(
-                setting,
-                scored,
-                logits * (3 * wide + (item if capped else 0)) if train_hidden else logits * 2 * wide,
-                _FULL_UNITS.get(setting, 3.0) * positions / scored,
-                _schedule(plan, head, scored, dtype, device, train_hidden=train_hidden, train_weight=train_weight),
-                item
-                * head.hidden_size
-                * ((positions if train_hidden else 0) + (head.vocab_size if train_weight else 0)),
-            )
-        )
-    return found
+    return Estimate(
+        setting,
+        scored,
+        logits * (3 * wide + (item if capped else 0)) if train_hidden else logits * 2 * wide,
+        _FULL_UNITS.get(setting, 3.0) * positions / scored,
+        _schedule(plan, head, scored, dtype, device, train_hidden=train_hidden, train_weight=train_weight),
+        item * head.hidden_size * ((positions if train_hidden else 0) + (head.vocab_size if train_weight else 0)),
+    )
 
 
 def _schedule(plan: Plan, head: HeadSize, tokens: int, dtype: torch.dtype, device: str, **trains: Any) -> Schedule:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -112,23 +113,45 @@ def prepared_config(run: Run) -> Any:
     return config
 
 
-def built(run: Run, config: Any, depth: Depth) -> nn.Module:
-    """The short model on fake tensors, its adapters and 4-bit layers too. To be called in a FakeTensorMode."""
-    with quiet():
+def built(run: Run, config: Any, depth: Depth, mode: FakeTensorMode) -> nn.Module:
+    """The short model on fake tensors, its adapters and 4-bit layers too."""
+    with torch.device("meta"), quiet():
         model: Any = AutoModelForCausalLM.from_config(shortened(config, depth.layers), dtype=run.weights_dtype)
         model.tie_weights()
-    if run.four_bit:
-        quantize(model, model.get_output_embeddings())
-    if run.peft is not None:
-        from peft import get_peft_model
+        if run.four_bit:
+            quantize(model, model.get_output_embeddings())
+        if run.peft is not None:
+            from peft import get_peft_model
 
-        with quiet():
             model = get_peft_model(model, copy.deepcopy(run.peft))
+    with mode:
+        _onto_cpu(model)
     model.train()
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def _onto_cpu(model: nn.Module) -> None:
+    """Tensors of the current mode in the place of meta ones, shared where those were."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(_fake(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), _fake(buffer))
+        for name, value in vars(module).items():  # tensors that are no buffers, such as Gemma's scales
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, _fake(value))
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 @contextmanager

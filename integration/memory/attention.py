@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from ..packing import attention as packed
 from ..packing import kernels
 
+_TORCHS_OWN = F.scaled_dot_product_attention
 _HALF = (torch.float16, torch.bfloat16)
 _ALIGNED = 8  # entries of a mask's rows on a GPU
 
@@ -78,7 +79,7 @@ def _scaled_dot_product_attention(
         fused = flash or not grouped
     if not fused:
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
+            return _TORCHS_OWN(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
     bias = attn_mask
@@ -88,17 +89,6 @@ def _scaled_dot_product_attention(
             width = -(-width // _ALIGNED) * _ALIGNED
         bias = query.new_empty(*attn_mask.shape[:-1], width)
     return _Fused.apply(query, key, value, bias, device != "cpu" and query.dtype in _HALF)
-
-
-class _AsRun(TorchFunctionMode):
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._device = device
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _scaled_dot_product_attention(self._device, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, *places: Any, **options: Any) -> Tensor:
@@ -117,7 +107,8 @@ def _attend_flash(
 def attention_as_run(device: str) -> Iterator[None]:
     """device: "cpu" or "cuda". Packed rows there go through FlashAttention, whether or not it is installed here."""
     with ExitStack() as stack:
-        stack.enter_context(_AsRun(device))
+        answer = partial(_scaled_dot_product_attention, device)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", answer))
         if device != "cpu":
             module = SimpleNamespace(flash_attn_varlen_func=_varlen)
             stack.enter_context(mock.patch.dict("sys.modules", {"flash_attn": module}))

@@ -7,7 +7,8 @@ itself is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 class Segment(NamedTuple):
     """What memory did between two marks, in bytes above what was alive at the first.
 
-    change: at the second mark. rise: at the highest. gradients, gradients_at_rise: of it, those of parameters.
+    change: at the second mark. rise: at the highest. gradients, gradients_at_rise: of it, those of parameters. shared:
+    what of the change is memory from before the first mark that went, such as masks, which all layers use.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Segment(NamedTuple):
     rise: int
     gradients: int = 0
     gradients_at_rise: int = 0
+    shared: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -39,6 +42,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor], granule: int = 1) -> None:
         super().__init__()
         self.segments: list[Segment] = []
+        self._released: dict[int, int] | None = None
+        self._marks = 0
         self._granule = granule
         self._seen: dict[int, weakref.ref] = {}
         for tensor in known:
@@ -63,8 +68,21 @@ class LiveBytes(TorchDispatchMode):
                 self._highest - self._begun,
                 self._gradients - self._gradients_begun,
                 self._gradients_at_highest - self._gradients_begun,
+                self._shared,
             )
         )
+        self._marks += 1
+        self._restart()
+
+    @contextmanager
+    def releasing(self) -> Iterator[list[Segment]]:
+        """For the end of something that held memory of many segments. Gives a list that is filled, when the block ends,
+        with a segment for each of those whose memory went, by their names."""
+        found: list[Segment] = []
+        self._released = released = {}
+        yield found
+        self._released = None
+        found += [Segment(self.segments[birth].name, -nbytes, 0) for birth, nbytes in sorted(released.items())]
         self._restart()
 
     def kept_as_gradient(self, parameter: Tensor) -> None:
@@ -74,6 +92,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _restart(self) -> None:
         self._begun = self._highest = self._live
+        self._shared = 0
         self._gradients_begun = self._gradients_at_highest = self._gradients
 
     def _see(self, storage: Any) -> None:
@@ -81,14 +100,18 @@ class LiveBytes(TorchDispatchMode):
         if key in self._seen:
             return
         nbytes = self._rounded(storage.nbytes())
-        self._seen[key] = weakref.ref(storage, partial(self._gone, key, nbytes))
+        self._seen[key] = weakref.ref(storage, partial(self._gone, key, nbytes, self._marks))
         self._live += nbytes
         if self._live > self._highest:
             self._highest, self._gradients_at_highest = self._live, self._gradients
 
-    def _gone(self, key: int, nbytes: int, _: Any) -> None:
+    def _gone(self, key: int, nbytes: int, birth: int, _: Any) -> None:
         del self._seen[key]
         self._live -= nbytes
+        if birth == 0:
+            self._shared -= nbytes
+        if self._released is not None:
+            self._released[birth] = self._released.get(birth, 0) + nbytes
 
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self._granule) * self._granule

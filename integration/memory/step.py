@@ -11,10 +11,13 @@ import warnings
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import masking_utils
 
 from ..head.patch import find_head
 from ..packing.attention import stand_in_mask, use
@@ -62,8 +65,7 @@ class Rehearsal:
             with warnings.catch_warnings(action="ignore"):
                 config = prepared_config(run)
                 self.depth = depth_of(kinds_of(config))
-                with self._mode:
-                    self.model = built(run, config, self.depth)
+                self.model = built(run, config, self.depth, self._mode)
         except CannotRun:
             raise
         except Exception as error:
@@ -124,18 +126,24 @@ class Rehearsal:
             self._tracker = tracker = LiveBytes(known, _GPU_GRANULE if run.device == "cuda" else 1)
             stack.callback(setattr, self, "_tracker", None)
             stack.callback(self.model.zero_grad)
+            # It would read positions, to see whether a row without a mask holds several sequences: none does.
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
             stack.enter_context(attention_as_run(run.device))
             stack.enter_context(tracker)
-            with torch.autocast("cpu", dtype=run.dtype if run.casts else None, enabled=run.casts):
+            autocast = torch.autocast("cpu", dtype=run.dtype if run.casts else None, enabled=run.casts)
+            with autocast:
                 loss = self.model(**inputs, use_cache=False).logits.sum()
-            tracker.mark(f"layer {self.depth.layers - 1}")
+                tracker.mark(f"layer {self.depth.layers - 1}")
+                releasing = stack.enter_context(ExitStack())
+                released = releasing.enter_context(tracker.releasing())
+            releasing.close()
             forward, tracker.segments = tracker.segments, []
             self._in_backward = True
             stack.callback(setattr, self, "_in_backward", False)
             loss.backward()
             del loss
             tracker.mark("before")
-            short = Timeline(tuple(forward), tuple(tracker.segments))
+            short = Timeline(tuple(forward), tuple(released), tuple(tracker.segments))
         return short.extended(self.depth.first, self.depth.period, self.depth.repeats)
 
     def _inputs(self, pairs: int, length: int) -> dict[str, Any]:
@@ -152,8 +160,6 @@ class Rehearsal:
                 ("prompt_length", prompt),
             )
         }
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
         with unset_fake_temporarily():
             batch = pack_pairs([sides] * pairs, layout == "shared")
         use(self.model)

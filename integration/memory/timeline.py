@@ -27,15 +27,17 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """forward, backward: segments in their order, those of layers named "layer I"."""
+    """forward, backward: segments in their order, those of layers named "layer I". released: what goes between them,
+    after the loss: autocast's copies of weights."""
 
     forward: tuple[Segment, ...]
+    released: tuple[Segment, ...]
     backward: tuple[Segment, ...]
 
     def extended(self, first: int, period: int, repeats: int) -> Timeline:
         """With layers `first` to `first + period - 1` there `repeats` times instead of once."""
         names = {f"layer {index}" for index in range(first, first + period)}
-        return Timeline(*(_repeated(part, names, repeats) for part in (self.forward, self.backward)))
+        return Timeline(*(_repeated(part, names, repeats) for part in (self.forward, self.released, self.backward)))
 
     def at_loss(self) -> Moment:
         """When the backbone's forward is done."""
@@ -45,12 +47,13 @@ class Timeline:
         """The highest of the forward, and of the backward behind the loss."""
         found = [_highest("forward", 0, 0, self.forward)]
         _, live, gradients = self.at_loss()
+        live += sum(s.change for s in self.released)
         found.append(_highest("backward", live, gradients, self.backward))
         return found
 
     def end(self) -> Moment:
         """After the backward: gradients, and what else outlives it."""
-        segments = (*self.forward, *self.backward)
+        segments = (*self.forward, *self.released, *self.backward)
         return Moment("optimizer", sum(s.change for s in segments), sum(s.gradients for s in segments))
 
 
@@ -69,4 +72,7 @@ def _repeated(segments: tuple[Segment, ...], names: set[str], repeats: int) -> t
     if not inside:
         return segments
     start, stop = inside[0], inside[-1] + 1
-    return segments[:start] + segments[start:stop] * repeats + segments[stop:]
+    stretch = segments[start:stop]
+    # What all layers share goes once, with the last that uses it.
+    earlier = tuple(segment._replace(change=segment.change - segment.shared) for segment in stretch)
+    return segments[:start] + earlier * (repeats - 1) + stretch + segments[stop:]
