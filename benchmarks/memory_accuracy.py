@@ -34,7 +34,7 @@ MODELS: dict[str, Any] = {"27m": SMALL, "smollm2-135m": "smollm2-135m", "smollm2
 
 def cases(models: list[str]) -> list[dict[str, Any]]:
     """What is measured, the smallest model first."""
-    axes = itertools.product(models, (0, 16), (False, True), ("padded", "shared"), (256, 768), ("full", "ours"))
+    axes = itertools.product(models, (0, 16), (False, True), ("padded", "shared"), (128, 512), ("full", "ours"))
     return [
         {"model": model, "lora_r": r, "checkpointing": checkpointing, "layout": layout, "length": length, "loss": loss}
         for model, r, checkpointing, layout, length, loss in axes

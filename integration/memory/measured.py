@@ -1,7 +1,5 @@
 """A real step, measured in a process of its own, beside its estimate.
 
-    python -m orpo_kernels.integration.memory.measured SPECIFICATION       (prints a line of JSON)
-
 The model has random weights. What has to be loaded once is, by a step of a few tokens, before the watch starts; a
 second such step makes the optimiser's state; then comes the step in question. Growth is the resident set's on a CPU
 (large blocks go back to the system when they are freed, see `ENVIRONMENT`) and the allocator's on a GPU, both to their
@@ -10,11 +8,11 @@ peak: gradients, optimiser state, activations and loss, not the weights.
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +49,23 @@ def run_of(specification: dict[str, Any]) -> Run:
     return Run(*config_of(specification["model"]), **fields)
 
 
-def compare(specification: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
-    """{"measured", "estimated"} bytes beyond the weights, "when" the estimate has its peak. Raises RuntimeError with
-    the process's own words if it fails."""
-    command = [sys.executable, "-m", __spec__.name, json.dumps(specification)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT}, timeout=timeout
-    )
-    if done.returncode:
-        raise RuntimeError(f"measuring {specification} failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def compare(specification: dict[str, Any], timeout: float = 900.0) -> dict[str, Any]:
+    """{"measured", "estimated"} bytes beyond the weights, and of the estimate when it has its peak and its parts.
+
+    In a process of its own, a copy of one that has done nothing but import.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with (
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        return pool.submit(measure_specified, specification).result(timeout)
+
+
+def measure_specified(specification: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return measure(run_of(specification), specification["loss"])
 
 
 def measure(run: Run, loss: str) -> dict[str, Any]:
@@ -164,7 +169,3 @@ class _Step:
         pairs = batch["layout"].num_pairs
         return orpo_objective_flat(logps, batch["pair"], batch["kind"], num_pairs=pairs, beta=0.1, preset="trl").loss
 
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    print(json.dumps(measure(run_of(given), given["loss"])))
