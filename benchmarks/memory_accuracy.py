@@ -68,7 +68,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--output", type=Path, help="a .json file, written after every run; what it holds is not run again")
+    parser.add_argument(
+        "--output", type=Path, help="a .json file, written after every run; what it holds is not run again"
+    )
     parser.add_argument("--from", dest="source", type=Path, help="print the table of such a file")
     args = parser.parse_args()
     if args.source:

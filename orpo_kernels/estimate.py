@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from orpo_kernels.models import CONFIGS
 from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
@@ -37,14 +38,12 @@ class HeadSize:
     dtype: torch.dtype | None = None
 
 
-# As in the models' config.json.
-MODELS = {
-    "smollm2-135m": HeadSize(576, 49152, dtype=torch.bfloat16),
-    "llama-3.2-1b": HeadSize(2048, 128256, dtype=torch.bfloat16),
-    "gemma-2-2b": HeadSize(2304, 256000, softcap=30.0, dtype=torch.bfloat16),
-    "llama-3-8b": HeadSize(4096, 128256, dtype=torch.bfloat16),
-    "qwen3-8b": HeadSize(4096, 151936, dtype=torch.bfloat16),
-}
+def _head(config: dict[str, Any]) -> HeadSize:
+    softcap = config.get("final_logit_softcapping")
+    return HeadSize(config["hidden_size"], config["vocab_size"], softcap, getattr(torch, config["dtype"]))
+
+
+MODELS = {name: _head(config) for name, config in CONFIGS.items()}
 
 # What trains: (hidden, weight), and whether logit gradients are kept.
 SETTINGS = {

@@ -79,9 +79,7 @@ def _scaled_dot_product_attention(
         fused = flash or not grouped
     if not fused:
         with sdpa_kernel(SDPBackend.MATH):
-            return _TORCHS_OWN(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return _TORCHS_OWN(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     bias = attn_mask
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         width = attn_mask.shape[-1]

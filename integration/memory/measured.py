@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.bench.meter import watch_memory
-
 from orpo_kernels.objective import orpo_objective_flat
 
 from ..lm_head import attach
 from ..packing.attention import use
 from ..packing.gate import model_inputs, moved
-from ..packing.layout import pad_pairs, pack_pairs, sides
+from ..packing.layout import pack_pairs, pad_pairs, sides
 from .architecture import quiet, text_config
 from .configurations import config_of
 from .footprint import Footprint, footprint
@@ -168,4 +167,3 @@ class _Step:
         logps = logps[batch["rows"], batch["targets"]]
         pairs = batch["layout"].num_pairs
         return orpo_objective_flat(logps, batch["pair"], batch["kind"], num_pairs=pairs, beta=0.1, preset="trl").loss
-

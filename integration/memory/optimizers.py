@@ -1,12 +1,12 @@
 """What an optimiser holds between steps, and what it makes in one and drops.
 
-    torch's         states are of the weight's dtype. foreach, its way on a GPU unless fused, makes a list of all at a
-                    time: adamw_torch one number a weight. On a CPU it takes weight by weight.
-    8 bits          bitsandbytes: a byte a number and fp32 scales of blocks of 256; weights of fewer than 4096 numbers
-                    have fp32 states, and so have embeddings (transformers' Trainer asks for that)
-    32 bits         bitsandbytes: fp32 states
-    paged           states lie in memory that the driver moves to the host: none on the card where it is short
-    adafactor       transformers': fp32 sums of rows and columns, and the update of a weight in fp32
+torch's         states are of the weight's dtype. foreach, its way on a GPU unless fused, makes a list of all at a
+                time: adamw_torch one number a weight. On a CPU it takes weight by weight.
+8 bits          bitsandbytes: a byte a number and fp32 scales of blocks of 256; weights of fewer than 4096 numbers
+                have fp32 states, and so have embeddings (transformers' Trainer asks for that)
+32 bits         bitsandbytes: fp32 states
+paged           states lie in memory that the driver moves to the host: none on the card where it is short
+adafactor       transformers': fp32 sums of rows and columns, and the update of a weight in fp32
 """
 
 from __future__ import annotations

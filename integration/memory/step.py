@@ -127,7 +127,9 @@ class Rehearsal:
             stack.callback(setattr, self, "_tracker", None)
             stack.callback(self.model.zero_grad)
             # It would read positions, to see whether a row without a mask holds several sequences: none does.
-            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
+            stack.enter_context(
+                mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+            )
             stack.enter_context(attention_as_run(run.device))
             stack.enter_context(tracker)
             autocast = torch.autocast("cpu", dtype=run.dtype if run.casts else None, enabled=run.casts)
