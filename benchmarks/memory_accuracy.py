@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory_accuracy [--models NAME ...] [--output FILE.json]
 
-Three sizes of a Llama, both losses, LoRA and all weights, with and without checkpointing, two lengths, padded and shared
-rows; fp32 on the CPU, one pair, AdamW. `docs/memory.md` holds its table; --from FILE prints that of an earlier run.
+Three sizes of a Llama, both losses, LoRA and all weights, with and without checkpointing, two lengths, padded
+and shared rows; fp32 on the CPU, one pair, AdamW. `docs/memory.md` holds its table; --from FILE estimates again
+what an earlier run measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_kernels.bench import machine
-from orpo_kernels.integration.memory.measured import compare
+from orpo_kernels.integration.memory.measured import compare, estimate, run_of
 from orpo_kernels.plan import MIB
 
 SMALL: dict[str, Any] = {
@@ -39,6 +40,17 @@ def cases(models: list[str]) -> list[dict[str, Any]]:
         {"model": model, "lora_r": r, "checkpointing": checkpointing, "layout": layout, "length": length, "loss": loss}
         for model, r, checkpointing, layout, length, loss in axes
     ]
+
+
+def specification(case: dict[str, Any]) -> dict[str, Any]:
+    return {**case, "model": MODELS[case["model"]], "device": "cpu"}
+
+
+def again(row: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, with an estimate by the code as it is."""
+    case = {name: row[name] for name in ("model", "lora_r", "checkpointing", "layout", "length", "loss")}
+    row = {**row, **estimate(run_of(specification(case)), case["loss"])}
+    return row | {"error": row["estimated"] / row["measured"] - 1}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -71,10 +83,11 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="a .json file, written after every run; what it holds is not run again"
     )
-    parser.add_argument("--from", dest="source", type=Path, help="print the table of such a file")
+    parser.add_argument("--from", dest="source", type=Path, help="estimate again what such a file measured")
     args = parser.parse_args()
     if args.source:
-        print(table(json.loads(args.source.read_text(encoding="utf-8"))["rows"]))
+        rows = json.loads(args.source.read_text(encoding="utf-8"))["rows"]
+        print(table([again(row) for row in rows]))
         return 0
     rows: list[dict[str, Any]] = []
     if args.output and args.output.exists():
@@ -83,7 +96,7 @@ def main() -> int:
     for case in cases(args.models):
         if case in done:
             continue
-        found = compare({**case, "model": MODELS[case["model"]], "device": "cpu"})
+        found = compare(specification(case))
         row = {**case, **found, "error": found["estimated"] / found["measured"] - 1}
         rows.append(row)
         print(f"{case}: {found['measured'] / MIB:,.0f} MiB, estimate {row['error']:+.1%}", file=sys.stderr, flush=True)

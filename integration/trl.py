@@ -80,6 +80,7 @@ from .packing.layout import asked_for, pack_pairs, sides
 from .training.arguments import refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
+from .training.memory_told import MemoryTold
 from .training.row_order import RowOrder
 from .training.running import RunningMean, whole_batches
 from .versions import require
@@ -96,7 +97,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(RowOrder, EvaluationRows, _TrlTrainer):
+class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any

@@ -77,6 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": _sizes("qwen2", 5120, 27648, 64, (40, 8), 152064),
     "qwen3-32b": _sizes("qwen3", 5120, 25600, 64, (64, 8), 151936, head_dim=128),
     "mixtral-8x7b": _sizes("mixtral", 4096, 14336, 32, (32, 8), 32000, num_local_experts=8, num_experts_per_tok=2),
+    "llama-3-70b": _sizes("llama", 8192, 28672, 80, (64, 8), 128256),
     "llama-3.1-70b": _sizes("llama", 8192, 28672, 80, (64, 8), 128256),
     "qwen2.5-72b": _sizes("qwen2", 8192, 29568, 80, (64, 8), 152064),
 }  # fmt: skip

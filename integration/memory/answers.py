@@ -66,9 +66,10 @@ def _crossing(known: dict[int, int], budget: int) -> int:
 
 
 class Change(NamedTuple):
-    """name: the option. costs: in words."""
+    """name: the option of `orpo-kernels estimate`; argument: a trainer's. costs: in words."""
 
     name: str
+    argument: str
     costs: str
     run: Run
     result: Footprint | None
@@ -130,26 +131,37 @@ class Advisor:
 
     def _advice(self, budget: int, longest: int) -> tuple[list[Change], Change | None]:
         found = []
-        whole, names = self.run, []
+        whole = self.run
+        names: list[str] = []
+        arguments: list[str] = []
         together = None
-        for name, costs, fields in _changes(self.run):
-            found.append(_tried(name, costs, replace(self.run, **fields)))
+        for name, argument, costs, fields in changes_of(self.run):
+            found.append(tried(name, argument, costs, replace(self.run, **fields)))
             whole = replace(whole, **_but_spread(fields, whole))
             names.append(name)
+            arguments.append(argument)
             if together is None and len(names) > 1:
-                tried = _tried(" ".join(names), "all of these", whole)
-                together = tried if tried.result is not None and tried.result.ours.total <= budget else None
+                both = tried(" ".join(names), ", ".join(arguments), "all of these", whole)
+                together = both if both.result is not None and both.result.ours.total <= budget else None
         if longest:
-            found.append(Change(f"--length {longest}", "longer rows are cut", self.run, self.ask(length=longest)))
+            found.append(
+                Change(
+                    f"--length {longest}",
+                    f"max_length={longest}",
+                    "longer rows are cut",
+                    self.run,
+                    self.ask(length=longest),
+                )
+            )
         alone = any(change.result is not None and change.result.ours.total <= budget for change in found)
         return found, None if alone else together
 
 
-def _tried(name: str, costs: str, run: Run) -> Change:
+def tried(name: str, argument: str, costs: str, run: Run) -> Change:
     try:
-        return Change(name, costs, run, footprint(run))
+        return Change(name, argument, costs, run, footprint(run))
     except ValueError:  # such as a layout that the architecture does not have
-        return Change(name, costs, run, None)
+        return Change(name, argument, costs, run, None)
 
 
 def _but_spread(fields: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -157,24 +169,31 @@ def _but_spread(fields: dict[str, Any], run: Run) -> dict[str, Any]:
     return fields if "shards" not in fields else fields | {"shards": max(run.shards, fields["shards"])}
 
 
-def _changes(run: Run) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(option, what it costs, fields of `Run`), the cheapest first."""
+def changes_of(run: Run) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(option, a trainer's argument, what it costs, fields of `Run`), the cheapest first."""
     if run.layout == "padded":
-        yield "--packing", "nothing, where the model can have it (docs/layouts.md)", {"layout": "shared"}
+        costs = "nothing, where the model can have it (docs/layouts.md)"
+        yield "--packing", "packing=True", costs, {"layout": "shared"}
     if run.pairs > 1:
-        yield "--pairs 1", "as many micro-batches more (gradient accumulation)", {"pairs": 1, "accumulates": True}
+        argument = f"per_device_train_batch_size=1 with gradient_accumulation_steps={run.pairs}"
+        yield "--pairs 1", argument, "as many micro-batches more", {"pairs": 1, "accumulates": True}
     if run.optim.startswith("adamw_torch"):
-        yield "--optim adamw_8bit", "rounded optimiser states; needs bitsandbytes", {"optim": "adamw_8bit"}
+        costs = "rounded optimiser states; needs bitsandbytes"
+        yield "--optim adamw_8bit", "optim='adamw_8bit'", costs, {"optim": "adamw_8bit"}
     if not run.checkpointing:
-        yield "--checkpointing", "about a third more operations", {"checkpointing": True}
+        costs = "about a third more operations"
+        yield "--checkpointing", "gradient_checkpointing=True", costs, {"checkpointing": True}
     if run.peft is None:
         from peft import LoraConfig
 
         lora = LoraConfig(r=_LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        yield f"--lora-r {_LORA_RANK}", "adapters train, not the weights", {"peft": lora}
-        yield "--qlora", "the same on weights of 4 bits", {"peft": lora, "four_bit": True}
+        option, argument = f"--lora-r {_LORA_RANK}", f"a LoraConfig of r={_LORA_RANK}"
+        yield option, argument, "adapters train, not the weights", {"peft": lora}
+        quantised = {"peft": lora, "four_bit": True}
+        yield "--qlora", "the same on a model loaded in 4 bits", "weights are rounded to 4 bits", quantised
     elif not run.four_bit:
-        yield "--qlora", "weights of 4 bits: rounded, and unpacked for every product", {"four_bit": True}
+        yield "--qlora", "a model loaded in 4 bits", "weights are rounded to 4 bits", {"four_bit": True}
     for gpus in _GPUS:
         if gpus > run.shards and not run.four_bit:
-            yield f"--fsdp {gpus}", f"{gpus} GPUs, and what they exchange", {"sharded": "weights", "shards": gpus}
+            spread = {"sharded": "weights", "shards": gpus}
+            yield f"--fsdp {gpus}", f"FSDP over {gpus} GPUs", f"{gpus} GPUs, and what they exchange", spread

@@ -77,18 +77,22 @@ def shortened(config: Any, layers: int) -> Any:
     return found
 
 
-def kinds_of(config: Any) -> list[Any]:
-    """What tells each layer from others; no storage is made."""
+def kinds_of(config: Any, trains: frozenset[str] | None = None) -> list[Any]:
+    """What tells each layer from others; no storage is made. trains: as `Run.trains`."""
     with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(config)
     text = text_config(config)
     total = text.num_hidden_layers
     lists = [value for value in vars(text).values() if isinstance(value, list) and len(value) == total]
     kinds = []
-    for index, layer in enumerate(layers_of(model, total)):
+    layers = layers_of(model, total)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    for index, layer in enumerate(layers):
         modules = tuple((name, type(module).__name__) for name, module in layer.named_modules())
         shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
-        kinds.append((modules, shapes, tuple(str(value[index]) for value in lists)))
+        names = [f"{prefix}.{index}.{name}" for name, _ in layer.named_parameters()]
+        frozen = () if trains is None else tuple(name in trains for name in names)
+        kinds.append((modules, shapes, tuple(str(value[index]) for value in lists), frozen))
     return kinds
 
 
@@ -124,6 +128,8 @@ def built(run: Run, config: Any, depth: Depth, mode: FakeTensorMode) -> nn.Modul
             from peft import get_peft_model
 
             model = get_peft_model(model, copy.deepcopy(run.peft))
+    if run.trains is not None and run.peft is None:
+        _freeze(model, depth, run.trains)
     with mode:
         _onto_cpu(model)
     model.train()
@@ -131,6 +137,19 @@ def built(run: Run, config: Any, depth: Depth, mode: FakeTensorMode) -> nn.Modul
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
+
+
+def _freeze(model: nn.Module, depth: Depth, trains: frozenset[str]) -> None:
+    """By the names of the full model, whose last layers are the short one's last."""
+    layers = layers_of(model, depth.layers)
+    prefix = next(name for name, module in model.named_modules() if module is layers) + "."
+    skipped = depth.period * (depth.repeats - 1)
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            behind = int(index) >= depth.first + depth.period
+            name = f"{prefix}{int(index) + (skipped if behind else 0)}.{rest}"
+        parameter.requires_grad_(name in trains)
 
 
 def _onto_cpu(model: nn.Module) -> None:

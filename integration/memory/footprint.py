@@ -15,10 +15,11 @@ its part of heads, MLPs and vocabulary; norms and hidden states are whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orpo_kernels.estimate import Estimate, HeadSize, estimate_call
+from orpo_kernels.plan import CPU_LIBRARY_BYTES
 
 from .architecture import text_config
 from .optimizers import state_bytes, step_bytes
@@ -50,8 +51,7 @@ class Peak:
 
 
 class Footprint(NamedTuple):
-    """run; the peak with our loss and with full logits; what the head and the loss take; numbers in all, and of those
-    that train."""
+    """run; the peak with our loss and with full logits; what the head and the loss take."""
 
     run: Run
     ours: Peak
@@ -77,12 +77,16 @@ def footprint(run: Run, rehearsal: Rehearsal | None = None) -> Footprint:
     made = step_bytes(run.optim, rehearsal.weights.training, run.device) // shares.optimizer
     moments.append(Moment("optimizer", live + made, gradients))
 
+    # Its packed operands, which the scratch of our loss counts in.
+    library = CPU_LIBRARY_BYTES if run.device == "cpu" else 0
+    moments = [moment._replace(live=moment.live + library) for moment in moments]
+
     def peak(loss: int, weight_gradient: int) -> Peak:
         held = Moment("loss", at_loss.live + weight_gradient, at_loss.gradients + weight_gradient)
         found = [shares.peak(moment, 0) for moment in moments] + [shares.peak(held, loss)]
         return max(found, key=lambda one: one.total)
 
-    return Footprint(run, peak(*_ours(run, found, head)), peak(*_full(run, found, head)), found)
+    return Footprint(run, peak(*_ours(run, found, head)), peak(found.full_bytes + library, 0), found)
 
 
 def _ours(run: Run, found: Estimate, head: HeadSize) -> tuple[int, int]:
@@ -97,10 +101,6 @@ def _ours(run: Run, found: Estimate, head: HeadSize) -> tuple[int, int]:
     backward = schedule.saved_bytes + hidden_gradient + piece
     loss = schedule.weight_copy_bytes + (backward if weight_gradient else max(forward, backward))
     return loss, weight_gradient
-
-
-def _full(run: Run, found: Estimate, head: HeadSize) -> tuple[int, int]:
-    return found.full_bytes, 0
 
 
 def _weight_gradient(run: Run, found: Estimate, head: HeadSize) -> int:
@@ -154,7 +154,3 @@ class _Shares:
             moment.live - moment.gradients,
             loss,
         )
-
-
-def of_batch(run: Run, pairs: int, length: int) -> Run:
-    return replace(run, pairs=pairs, length=length)

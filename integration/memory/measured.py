@@ -70,7 +70,7 @@ def measure_specified(specification: dict[str, Any]) -> dict[str, Any]:
 def measure(run: Run, loss: str) -> dict[str, Any]:
     device = torch.device(run.device)
     model = _model(run).to(device)
-    estimated = _estimate(run, loss)
+    estimated = estimate(run, loss)
     step = _Step(model, run, loss)
     step(_batch(run, _FEW, device))
     step.forget()
@@ -80,7 +80,8 @@ def measure(run: Run, loss: str) -> dict[str, Any]:
     return {"measured": peak(), **estimated}
 
 
-def _estimate(run: Run, loss: str) -> dict[str, Any]:
+def estimate(run: Run, loss: str) -> dict[str, Any]:
+    """{"estimated"} bytes beyond the weights, and the peak as `Peak.as_dict` has it."""
     found: Footprint = footprint(run)
     peak = getattr(found, loss)
     return {"estimated": peak.total - peak.weights, **peak.as_dict()}

@@ -33,9 +33,8 @@ def write(path: Path, advisor: Advisor, answers: Answers | None, gpu: int | None
             axes.annotate(
                 f"{longest:,}",
                 (longest, answers.budget / GIB),
-                xytext=(-4, 7),
+                xytext=(5, -14),
                 textcoords="offset points",
-                ha="right",
                 color=color,
                 fontsize=9,
             )

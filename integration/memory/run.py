@@ -28,6 +28,7 @@ class Run:
     weights_dtype: of the weights as loaded. dtype: that of computation; where it is another, or 16 bits, autocast is
         on, as a trainer's `bf16=True` has it. autocast: whether it is; None decides so.
     peft: a PEFT configuration, None where every weight trains. four_bit: linear layers quantised by bitsandbytes.
+    trains: names of the parameters that train, where that is neither all nor what `peft` leaves.
     optim: one of `optimizers.OPTIMIZERS`, by transformers' names. accumulates: gradients outlive a micro-batch.
     device: "cuda" or "cpu"; it need not be there. attention: transformers' name, None for the model's own.
     shards: processes over which `sharded` is spread: nothing, "optimizer" (ZeRO 1), "gradients" (ZeRO 2, and the
@@ -47,6 +48,7 @@ class Run:
     autocast: bool | None = None
     peft: Any = None
     four_bit: bool = False
+    trains: frozenset[str] | None = None
     optim: str = "adamw_torch_fused"
     accumulates: bool = False
     checkpointing: bool = False

@@ -64,7 +64,7 @@ class Rehearsal:
         try:
             with warnings.catch_warnings(action="ignore"):
                 config = prepared_config(run)
-                self.depth = depth_of(kinds_of(config))
+                self.depth = depth_of(kinds_of(config, run.trains))
                 self.model = built(run, config, self.depth, self._mode)
         except CannotRun:
             raise
@@ -127,9 +127,7 @@ class Rehearsal:
             stack.callback(setattr, self, "_tracker", None)
             stack.callback(self.model.zero_grad)
             # It would read positions, to see whether a row without a mask holds several sequences: none does.
-            stack.enter_context(
-                mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
-            )
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             stack.enter_context(attention_as_run(run.device))
             stack.enter_context(tracker)
             autocast = torch.autocast("cpu", dtype=run.dtype if run.casts else None, enabled=run.casts)
@@ -178,6 +176,6 @@ def _refused(run: Run, error: Exception) -> CannotRun:
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     kind = type(run.config).__name__
     return CannotRun(
-        f"{run.name} ({kind}) cannot be run on fake tensors: {type(error).__name__}: {first[:200]}. Accepted are causal "
-        "language models of transformers whose forward reads no numbers; --head-only answers for head and loss alone"
+        f"{run.name} ({kind}) cannot be run on fake tensors: {type(error).__name__}: {first[:200]}. Accepted are "
+        "causal language models of transformers whose forward reads no numbers; --head-only answers for the head alone"
     )

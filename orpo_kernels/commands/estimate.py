@@ -49,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="it need not be there; a card by its name gets the milliseconds predicted (default: %(default)s)",
     )
     parser.add_argument("--scratch-mib", type=float, help="memory budget (default: the device's)")
+    parser.add_argument("--tp", type=int, default=1, metavar="P", help="ranks that share every layer and the head")
     estimate_run.add_arguments(parser)
     parser.set_defaults(run=run)
 

@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     spread.add_argument("--fsdp", type=int, metavar="N", help="weights, gradients and optimiser over N processes")
     spread.add_argument("--zero", type=int, choices=_SHARDED, help="DeepSpeed's stage, over --gpus processes")
     group.add_argument("--gpus", type=int, metavar="N", help="processes of --zero")
-    group.add_argument("--tp", type=int, default=1, metavar="N", help="processes that share every layer and the head")
     group.add_argument("--json", action="store_true", help="print JSON")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="memory against length, with the card's line")
 
