@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from transformers.optimization import Adafactor
 
 from orpo_kernels.integration.memory.attention import attention_as_run
 from orpo_kernels.integration.memory.configurations import config_of
@@ -97,7 +98,7 @@ def test_attention_holds_what_a_cpus_does(masked: bool, heads: tuple[int, int], 
 
 
 def test_attention_on_a_gpu():
-    """Half without a mask: no [T, T]. With one: a mask of the query's dtype. Groups in fp32: the scores, written out."""
+    """Half without a mask: no [T, T]. With one: a mask of the query's dtype. Groups in fp32: all scores."""
 
     def saved(dtype: torch.dtype, kv: int, masked: bool) -> int:
         with FakeTensorMode(), attention_as_run("cuda"):
@@ -143,7 +144,7 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p),
     "adagrad": lambda p: torch.optim.Adagrad(p),
-    "adafactor": lambda p: __import__("transformers").optimization.Adafactor(p, scale_parameter=False, relative_step=False, lr=0.1),
+    "adafactor": lambda p: Adafactor(p, scale_parameter=False, relative_step=False, lr=0.1),
 }  # fmt: skip
 
 

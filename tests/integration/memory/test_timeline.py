@@ -30,11 +30,11 @@ SIZES: dict[str, Any] = {
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def llama(layers: int = 7, **more: Any) -> Any:
+def llama(layers: int = 4, **more: Any) -> Any:
     return AutoConfig.for_model("llama", num_hidden_layers=layers, **SIZES | more)
 
 
-def gemma(layers: int = 11) -> Any:
+def gemma(layers: int = 8) -> Any:
     """Every third layer sees everything."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * layers
     return AutoConfig.for_model(
@@ -42,7 +42,7 @@ def gemma(layers: int = 11) -> Any:
     )
 
 
-def mixture(layers: int = 6) -> Any:
+def mixture(layers: int = 5) -> Any:
     """The first layer has no experts."""
     return AutoConfig.for_model(
         "qwen3_moe", num_hidden_layers=layers, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
@@ -131,7 +131,7 @@ def test_a_few_layers_stand_for_all(config: Any, fields: dict[str, Any], monkeyp
 
 def test_frozen_weights_make_a_layer_another():
     """The first layers of a model that is trained from the middle on."""
-    config = llama(8, tie_word_embeddings=False)
+    config = llama(6, tie_word_embeddings=False)
     run = Run(config, length=64)
     whole = footprint(run).ours
     names = _names(config)
