@@ -21,16 +21,21 @@ from orpo_kernels.bench import machine
 from orpo_kernels.integration.memory.measured import compare, estimate, run_of
 from orpo_kernels.plan import MIB
 
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 32000,
-}
-MODELS: dict[str, Any] = {"27m": SMALL, "smollm2-135m": "smollm2-135m", "smollm2-360m": "smollm2-360m"}
+
+def _llama(hidden_size: int, layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": 2,
+        "vocab_size": 32000,
+    }
+
+
+# Named by their parameters. The first two have a head of their own, the last one's is tied to its embeddings.
+MODELS: dict[str, Any] = {"37m": _llama(384, 8), "60m": _llama(512, 10), "smollm2-135m": "smollm2-135m"}
 
 
 def cases(models: list[str]) -> list[dict[str, Any]]:
@@ -92,7 +97,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     if args.output and args.output.exists():
         rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
-    done = [{key: row.get(key) for key in case} for row in rows for case in cases(["27m"])[:1]]
+    done = [{key: row.get(key) for key in case} for row in rows for case in cases(["37m"])[:1]]
     for case in cases(args.models):
         if case in done:
             continue

@@ -127,14 +127,15 @@ class _Shares:
         spread = {"nothing": 0, "optimizer": 1, "gradients": 2, "weights": 3}[run.sharded]
         by = [run.shards if spread >= stage else 1 for stage in (3, 2, 1)]
         gradients = sum(w.count * w.numbers * w.itemsize for w in weights.training)
-        whole = weights.root + 2 * weights.layer if by[0] > 1 else 0
-        trains = gradients / max(weights.held, 1)
+        # Of what is whole for a while, one part is this rank's own.
+        whole = min(weights.root + 2 * weights.layer, weights.held) * (by[0] - 1) // by[0]
+        whole_gradients = min(weights.root + weights.layer, weights.held) * (by[1] - 1) // by[1]
         return cls(
             weights.held // by[0],
             state_bytes(run.optim, weights.training) // by[2],
             gradients // by[1],
             whole,
-            int(trains * (weights.root + weights.layer)) if by[1] > 1 else 0,
+            int(whole_gradients * gradients / max(weights.held, 1)),
             *by,
             run.accumulates,
         )

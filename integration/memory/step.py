@@ -8,6 +8,7 @@ head and loss are arithmetic (`footprint`).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -33,21 +34,29 @@ _COLUMNS = 7  # as many as the attached head answers with
 
 
 class _Head(torch.autograd.Function):
-    """Hidden states [..., D], weight [V, D] -> [..., 7]; gradients of both, without a product."""
+    """Hidden states [..., D], weight [V, D] -> [..., 7]; gradients of both, without a product.
+
+    keep: takes the weight's gradient where that is not to go on (see `Rehearsal._answer`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, keep: Callable[[Tensor], None] | None) -> Tensor:
         ctx.like = (hidden.shape, hidden.dtype, weight.shape, weight.dtype)
+        ctx.keep = keep
         return hidden.new_zeros(*hidden.shape[:-1], _COLUMNS)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shape, dtype, weight_shape, weight_dtype = ctx.like
-        wants_hidden, wants_weight = ctx.needs_input_grad
-        return (
-            grad.new_empty(shape, dtype=dtype) if wants_hidden else None,
-            grad.new_empty(weight_shape, dtype=weight_dtype) if wants_weight else None,
-        )
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        hidden_gradient = grad.new_empty(shape, dtype=dtype) if wants_hidden else None
+        weight_gradient = None
+        if wants_weight or ctx.keep is not None:
+            weight_gradient = grad.new_empty(weight_shape, dtype=weight_dtype)
+        if ctx.keep is not None:
+            ctx.keep(weight_gradient)
+            weight_gradient = None
+        return hidden_gradient, weight_gradient, None
 
 
 class Rehearsal:
@@ -74,9 +83,12 @@ class Rehearsal:
         head = find_head(self.model)
         self.vocab_size, self.hidden_size = head.weight.shape
         self.trains_head = head.weight.requires_grad
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        self._head, self._is_tied = head, getattr(embeddings, "weight", None) is head.weight
+        self._kept: list[Tensor] = []
         self._tracker: LiveBytes | None = None
         self._in_backward = False
-        self._watch(head)
+        self._watch()
         self._timelines: dict[tuple[int, int], Timeline] = {}
 
     def timeline(self, pairs: int, length: int) -> Timeline:
@@ -90,14 +102,14 @@ class Rehearsal:
                 raise _refused(self.run, error) from error
         return self._timelines[pairs, length]
 
-    def _watch(self, head: nn.Module) -> None:
+    def _watch(self) -> None:
         """Marks at every layer's input, there and back; the head's stand-in."""
         for index, layer in enumerate(layers_of(self.model, self.depth.layers)):
             layer.register_forward_pre_hook(partial(self._at_input, index), with_kwargs=True)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._at_gradient)
-        head.forward = lambda hidden, *args, **kwargs: _Head.apply(hidden, head.weight)  # type: ignore[method-assign]
+        self._head.forward = self._answer  # type: ignore[method-assign, assignment]
 
     def _at_input(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if self._in_backward or self._tracker is None:  # a checkpointed layer, computed again
@@ -111,7 +123,20 @@ class Rehearsal:
         assert self._tracker is not None
         self._tracker.mark(name)
 
+    def _answer(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The head's stand-in.
+
+        A tied weight has two gradients, its head's and its embeddings'. Autograd adds the second to the first in place,
+        but makes a third of fake ones. So the first waits here, as long as it would.
+        """
+        weight: Any = self._head.weight
+        if self._is_tied and weight.requires_grad:
+            return _Head.apply(hidden, weight.detach(), self._kept.append)
+        return _Head.apply(hidden, weight, None)
+
     def _at_gradient(self, parameter: Tensor) -> None:
+        if parameter is self._head.weight:
+            self._kept.clear()
         if self._tracker is not None:
             self._tracker.kept_as_gradient(parameter)
 
@@ -126,6 +151,7 @@ class Rehearsal:
             self._tracker = tracker = LiveBytes(known, _GPU_GRANULE if run.device == "cuda" else 1)
             stack.callback(setattr, self, "_tracker", None)
             stack.callback(self.model.zero_grad)
+            stack.callback(self._kept.clear)
             # It would read positions, to see whether a row without a mask holds several sequences: none does.
             stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None))
             stack.enter_context(attention_as_run(run.device))

@@ -89,7 +89,7 @@ def run_of(args: argparse.Namespace, dtypes: dict[str, torch.dtype]) -> Any:
         weights = dtype if args.weights_dtype is None else weights
     if args.zero and args.gpus is None:
         raise ValueError(f"--zero {args.zero}: give --gpus N too, the processes that share")
-    shards = args.fsdp or (args.gpus if args.zero else 1)
+    shards = args.fsdp if args.fsdp is not None else args.gpus if args.zero else 1
     rank = 16 if args.qlora else args.lora_r
     return Run(
         config,
@@ -108,7 +108,7 @@ def run_of(args: argparse.Namespace, dtypes: dict[str, torch.dtype]) -> Any:
         device=args.device,
         attention=args.attention,
         plan=Plan(None if args.scratch_mib is None else int(args.scratch_mib * MIB)),
-        sharded="weights" if args.fsdp else _SHARDED.get(args.zero, "nothing"),  # type: ignore[arg-type]
+        sharded="weights" if args.fsdp is not None else _SHARDED.get(args.zero, "nothing"),  # type: ignore[arg-type]
         shards=shards,
         tp=args.tp,
     )

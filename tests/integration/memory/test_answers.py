@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def test_the_most_that_fits(parts: list[tuple[int, int, int]], budget: int, limi
         asked.append(n)
         return max(a + b * n + c * n * n for a, b, c in parts)
 
-    right = max(
-        (n for n in (*range(1, limit + 1),) if max(a + b * n + c * n * n for a, b, c in parts) <= budget), default=0
-    )
+    def holds(n: int) -> bool:
+        return max(a + b * n + c * n * n for a, b, c in parts) <= budget
+
+    right = bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not holds(n))
     assert most(bytes_of, budget, limit) == right
     assert len(set(asked)) == len(asked) <= 60
 

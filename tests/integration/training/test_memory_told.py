@@ -52,9 +52,18 @@ def test_out_of_memory_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(torch.OutOfMemoryError, match="This was in the model") as caught:
         trainer.train()
     assert "scratch_bytes" not in str(caught.value)
-    trainer.args.auto_find_batch_size = True  # accelerate catches it, and reads it
+
+
+def test_who_catches_an_out_of_memory_gets_it_as_it_is():
+    class Base:
+        def training_step(self) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Trainer(MemoryTold, Base):
+        args = SimpleNamespace(auto_find_batch_size=True)
+
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        trainer.training_step(trainer.model, {})
+        Trainer().training_step()
     assert str(caught.value) == "CUDA out of memory."
 
 
