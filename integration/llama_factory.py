@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.integration.lm_head import ModelLogps, attach
+from orpo_kernels.integration.training.head_access import HeadAccess
 from orpo_kernels.integration.versions import require
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import orpo_from_logps
@@ -56,13 +56,11 @@ except (ImportError, RuntimeError) as error:  # TRL raises a RuntimeError where 
     _require(cause=error)
 
 
-class ORPOTrainer(dpo.CustomDPOTrainer):
+class ORPOTrainer(HeadAccess, dpo.CustomDPOTrainer):
     """LLaMA-Factory's trainer of preferences, without the logits for `pref_loss: orpo`; its arguments.
 
     Raises ValueError for `ld_alpha` with ORPO, and what `lm_head.attach` raises.
     """
-
-    _logps: ModelLogps | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,10 +78,10 @@ class ORPOTrainer(dpo.CustomDPOTrainer):
             return super().get_batch_loss_metrics(model, batch, train_eval)
         inputs = dict(batch)
         targets = shift_labels(inputs.pop("labels"))  # [2B, T]
-        if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
-            self._logps = attach(self.model)
         everywhere = torch.ones_like(targets, dtype=torch.bool)
-        logps, outputs = self._logps.logps(targets, model=model, mean_logits_over=everywhere, use_cache=False, **inputs)
+        logps, outputs = self.head_logps.logps(
+            targets, model=model, mean_logits_over=everywhere, use_cache=False, **inputs
+        )
         output = orpo_from_logps(logps, targets.to(logps.device), beta=self.beta, preset=self.preset)
 
         mean_logits = outputs.get("mean_logits", logps.new_full([len(targets)], torch.nan))

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
-from .head.call import Request, check_shape, forward, join, run, whole
-from .head.logit_transform import PROBES, Transform, anchor_values, check_untrained, infer_transform
+from .head.call import Request, check_shape, forward, gathered, join, run
+from .head.logit_transform import PLACEHOLDERS, Transform, check_untrained, infer_transform, placeholder_values
 from .head.lora import virtual_tokens
 from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_adapters, unpatch
 
@@ -107,11 +107,11 @@ class ModelLogps:
         request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
         if self.transform is None:
             _say_if_tied(self.model, self.head)
-            self.transform = _probe(call, replace(request, probe=True), inputs)
+            self.transform = _find_transform(call, replace(request, only_placeholders=True), inputs)
         request.transform = self.transform
         outputs = run(call, request, inputs)
-        logits = whole(outputs.logits)
-        _check_anchor(logits, request)
+        logits = gathered(outputs.logits)
+        _check_placeholders(logits, request)
         check_untrained(logits)
         assert request.logps is not None
         if logits.requires_grad and not request.logps.requires_grad:
@@ -161,15 +161,15 @@ def attached(model: nn.Module, plan: Plan | None = None) -> Iterator[ModelLogps]
         handle.detach()
 
 
-def _probe(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transform:
-    """Send the probes through the whole wrapped model once, and leave the random numbers as they were."""
+def _find_transform(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transform:
+    """Send the placeholders through the whole wrapped model once, and leave the random numbers as they were."""
     devices = {p.device.index for p in call.parameters() if p.is_cuda}
     if torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())  # that of offloaded weights
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        logits = whole(run(call, request, inputs).logits)
+        logits = gathered(run(call, request, inputs).logits)
     _check_columns(logits)
-    return infer_transform(logits.reshape(-1, len(PROBES))[0].tolist(), logits.dtype)
+    return infer_transform(logits.reshape(-1, len(PLACEHOLDERS))[0].tolist(), logits.dtype)
 
 
 def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
@@ -209,22 +209,23 @@ def _input_shape(inputs: dict[str, Any]) -> torch.Size:
 
 
 def _check_columns(logits: Tensor) -> None:
-    if logits.shape[-1] != len(PROBES):
+    if logits.shape[-1] != len(PLACEHOLDERS):
         raise RuntimeError(
-            f"the model's logits have {logits.shape[-1]} columns where the head returned {len(PROBES)}: something "
-            "else computed or joined them"
+            f"the model's logits have {logits.shape[-1]} columns where the head returned {len(PLACEHOLDERS)}: "
+            "something else computed or joined them"
         )
 
 
-def _check_anchor(logits: Tensor, request: Request) -> None:
+def _check_placeholders(logits: Tensor, request: Request) -> None:
     """The placeholders must arrive as the transform has them; one row is looked at."""
     _check_columns(logits)
     check_shape(logits.shape[:-1], request.hidden_shape)
-    seen = logits.detach().reshape(-1, len(PROBES))[:1].to(torch.float32)
-    expected = request.transform(anchor_values(seen, torch.float32)).expand_as(seen)
+    seen = logits.detach().reshape(-1, len(PLACEHOLDERS))[:1].to(torch.float32)
+    expected = request.transform(placeholder_values(seen, torch.float32)).expand_as(seen)
     right = torch.isclose(seen, expected, rtol=16 * torch.finfo(logits.dtype).eps, atol=1e-3).all()
     message = (
-        f"the model treats its logits otherwise than on the first batch ({request.transform}): {PROBES} came out wrong"
+        f"the model treats its logits otherwise than on the first batch ({request.transform}): "
+        f"{PLACEHOLDERS} came out wrong"
     )
     if seen.is_cuda:
         torch._assert_async(right, message)  # no wait for the device

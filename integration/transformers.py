@@ -19,10 +19,9 @@ so they are the same in every layout. A model that soft-caps its logits has none
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +34,25 @@ from transformers import (
     set_seed,
 )
 
-from orpo_kernels.loss import merge_targets, orpo_from_logps
-from orpo_kernels.objective import OrpoOutput, orpo_objective_flat
+from orpo_kernels.loss import merge_targets
+from orpo_kernels.objective import orpo_from_sums
+from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import check_weight, get_preset
 
+from .batches import FlatBatch
 from .data.collator import LayoutCollator, PreferenceCollator
 from .data.dataset import announce, prepare_dataset, refuse_splits
 from .data.limits import Limits
 from .data.tokenization import check_max_length
-from .lm_head import ModelLogps, attach
-from .metrics import flat_counts, flat_pair_rows, pair_metrics, pair_rows
-from .packing.gate import LayoutGate, model_inputs
+from .metrics import for_metrics, pair_metrics, pair_rows
+from .packing.gate import model_inputs
 from .packing.kernels import flash_is_installed
-from .packing.layout import Layout, Name, NllOver, asked_for, sides, tokens_a_step
+from .packing.layout import Name, NllOver, asked_for, sequence_places, tokens_a_step
 from .training.arguments import numbers_from_text, refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
+from .training.head_access import HeadAccess, read_streams_everywhere
 from .training.memory_told import MemoryTold
 from .training.row_order import RowOrder
 from .training.running import RunningMetrics
@@ -158,7 +159,7 @@ class ORPOConfig(TrainingArguments):
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(MemoryTold, RowOrder, EvaluationRows, Trainer):
+class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
@@ -221,15 +222,11 @@ class ORPOTrainer(MemoryTold, RowOrder, EvaluationRows, Trainer):
         eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
         tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
         data_collator = self._collator(data_collator, tokens)
-        accelerator_config: Any = args.accelerator_config
-        if accelerator_config.dispatch_batches is None:
-            # Sent from one process to the others, the batches of a stream would have to be of one length.
-            accelerator_config.dispatch_batches = False
+        read_streams_everywhere(args)
         assert args.beta is not None  # ORPOConfig has put the preset's in its place
         self._running = RunningMetrics(beta=args.beta, preset=self.preset)
         self._eval_rows: list[Tensor] = []
-        self._logps: ModelLogps | None = None
-        self._gate: LayoutGate | None = None
+        self.plan, self.chose_layout = args.plan, not args.packs_where_worth_it
         super().__init__(
             model=model,
             args=args,
@@ -311,12 +308,10 @@ class ORPOTrainer(MemoryTold, RowOrder, EvaluationRows, Trainer):
 
         counts: [2], the NLL tokens (or sequences) and valid pairs to divide by, in place of the batch's own.
         """
-        if self._logps is None or self._logps.model is not self.model:  # model_init makes a new one
-            self._logps = attach(self.model, self.args.plan)
-            self._gate = LayoutGate(self._logps, self._everywhere, asked_for=not self.args.packs_where_worth_it)
         normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
         score = self._score_layout if "layout" in inputs else self._score_padded
-        output, outputs, rows_of = score(self._logps, model, dict(inputs), normalizers)
+        logps, outputs = score(model, inputs)
+        output = orpo_from_sums(self._pair_sums(logps, inputs), beta=self.args.beta, preset=self.preset, **normalizers)
         loss = output.loss
         if counts is not None:
             # DDP averages gradients over processes; the counts are already global.
@@ -327,54 +322,46 @@ class ORPOTrainer(MemoryTold, RowOrder, EvaluationRows, Trainer):
             loss = loss + aux_loss / (self.current_gradient_accumulation_steps if counts is not None else 1)
         else:
             aux_loss = None
-        return loss, rows_of(aux_loss=aux_loss), outputs
+        of = self._pair_sums(for_metrics(logps), inputs)
+        return loss, pair_rows(of, outputs.get("mean_logits"), aux_loss=aux_loss), outputs
 
-    def _score_padded(
-        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
-    ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
-        """(the objective, the model's outputs, what makes the rows for metrics) of `PreferenceCollator`'s batch."""
-        targets, nll_targets = inputs.pop("targets"), inputs.pop("nll_targets", None)
-        if self.preset.nll_over == "chosen":
-            nll_targets = None
-        logps, outputs = ours.logps(
-            merge_targets(targets, nll_targets),
+    def _score_padded(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """(log-probs [2B, T], the model's outputs) of `PreferenceCollator`'s batch."""
+        arguments = {name: value for name, value in inputs.items() if name not in ("targets", "nll_targets")}
+        return self.head_logps.logps(
+            merge_targets(inputs["targets"], self._nll_targets(inputs)),
             model=model,
             mean_logits_over=inputs["attention_mask"],
             use_cache=False,
-            **inputs,
+            **arguments,
         )
-        targets = targets.to(logps.device)
-        nll_targets = None if nll_targets is None else nll_targets.to(logps.device)
-        output = orpo_from_logps(
-            logps, targets, nll_targets=nll_targets, beta=self.args.beta, preset=self.preset, **normalizers
-        )
-        return output, outputs, partial(pair_rows, logps, targets, nll_targets, outputs.get("mean_logits"))
 
-    def _score_layout(
-        self, ours: ModelLogps, model: nn.Module, inputs: dict[str, Any], normalizers: dict[str, Any]
-    ) -> tuple[OrpoOutput, Any, Callable[..., Tensor]]:
-        """The same of `LayoutCollator`'s batch."""
-        assert self._gate is not None
-        batch = self._gate.admit(inputs, model)
-        layout: Layout = batch["layout"]
-        logps, outputs = ours.logps(
+    def _score_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """(log-probs [N], the model's outputs) of `LayoutCollator`'s batch."""
+        batch = self.layout_gate.admit(cast(FlatBatch, dict(inputs)), model)
+        if isinstance(self.data_collator, LayoutCollator):
+            self.data_collator.name = batch["layout"].name  # what is refused is not laid out again
+        return self.head_logps.logps(
             batch["targets"],
             rows=batch["rows"],
             model=model,
-            mean_logits_over=sides(batch),
+            mean_logits_over=sequence_places(batch),
             use_cache=False,
             **model_inputs(batch),
         )
-        tokens = (logps, batch["pair"].to(logps.device), batch["kind"].to(logps.device))
-        output = orpo_objective_flat(
-            *tokens, num_pairs=layout.num_pairs, beta=self.args.beta, preset=self.preset, **normalizers
-        )
-        sizes = (layout.num_pairs, layout.longest)
-        return output, outputs, partial(flat_pair_rows, *tokens, *sizes, self.preset, outputs.get("mean_logits"))
 
-    def _everywhere(self, verdict: bool) -> bool:
-        """Whether all processes say so."""
-        return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
+    def _nll_targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return None if self.preset.nll_over == "chosen" else inputs.get("nll_targets")
+
+    def _pair_sums(self, logps: Tensor, inputs: Mapping[str, Any]) -> PairSums:
+        """What the objective sees of a batch. logps: of its scored tokens, as its collator lays them out."""
+        if "layout" in inputs:
+            pair, kind = inputs["pair"].to(logps.device), inputs["kind"].to(logps.device)
+            return PairSums.of_flat(logps, pair, kind, num_pairs=inputs["layout"].num_pairs, preset=self.preset)
+        nll_targets = self._nll_targets(inputs)
+        return PairSums.of_targets(
+            logps, inputs["targets"].to(logps.device), None if nll_targets is None else nll_targets.to(logps.device)
+        )
 
     def train(self, *args: Any, **options: Any) -> Any:
         self._running.clear()  # of a run before this one, after its last log
@@ -393,16 +380,8 @@ class ORPOTrainer(MemoryTold, RowOrder, EvaluationRows, Trainer):
             return None
         counts = torch.zeros(2, device=device)
         for batch in batch_samples:
-            if "layout" in batch:
-                found = flat_counts(batch["pair"], batch["kind"], batch["layout"].num_pairs, self.preset)
-                counts += found.to(counts)
-                continue
-            completion = (batch["targets"] != -100).sum(-1)
-            chosen, rejected = completion.chunk(2)
-            over_chosen = self.preset.nll_over == "chosen" or "nll_targets" not in batch
-            nll = chosen if over_chosen else (batch["nll_targets"] != -100).sum(-1)
-            nll_count = nll.sum() if self.preset.nll_mean == "tokens" else (nll > 0).sum()
-            counts += torch.stack([nll_count, ((chosen > 0) & (rejected > 0)).sum()]).to(counts)
+            of = self._pair_sums(torch.zeros(batch["targets"].shape), batch)
+            counts += torch.stack([of.nll_count(self.preset), of.pair_is_valid.sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
 
     def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:

@@ -57,9 +57,11 @@ except ImportError as error:
 
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import merge_targets, orpo_from_logps
+from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
+from .batches import TokenizedRow
 from .data.chat import plain_turn, template_options, without_nulls
 from .data.dataset import (
     TOKENIZED_COLUMNS,
@@ -73,13 +75,13 @@ from .data.dataset import (
 from .data.formats import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from .data.limits import Limits
 from .data.streams import rows_of_stream
-from .lm_head import ModelLogps, attach
-from .metrics import pair_metrics, pair_rows
-from .packing.gate import LayoutGate, model_inputs, moved
-from .packing.layout import asked_for, pack_pairs, sides
+from .metrics import for_metrics, pair_metrics, pair_rows
+from .packing.gate import model_inputs, moved
+from .packing.layout import Name, asked_for, pack_pairs, sequence_places
 from .training.arguments import refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
+from .training.head_access import HeadAccess, read_streams_everywhere
 from .training.memory_told import MemoryTold
 from .training.row_order import RowOrder
 from .training.running import RunningMean, whole_batches
@@ -97,7 +99,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
+class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any
@@ -120,16 +122,12 @@ class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
         self.plan = plan
         self.layout = asked_for(packing, share_prefix, packing_length)
         self.packing_length = packing_length
-        self._logps: ModelLogps | None = None
-        self._gate: LayoutGate | None = None
         self._eval_rows: list[Tensor] = []
         if args is not None:
             refuse_label_smoothing(args)
+            read_streams_everywhere(args)
         refuse_splits(train_dataset, "train_dataset")
         tokenizer = options.get("processing_class", more[0] if more else None)
-        if args is not None and args.accelerator_config.dispatch_batches is None:
-            # Batches of a stream differ in length, so that one process could not cut them for all the others.
-            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model,
             args,
@@ -187,7 +185,9 @@ class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
             return super().tokenize_row(feature, model)
         tokenizer = self.processing_class
         bos = tokenizer.bos_token_id
-        row = tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
+        row: dict[str, Any] = dict(
+            tokenize_pair({name: feature.get(name) for name in ("prompt", *_SIDES)}, tokenizer, None)
+        )
         for side in _SIDES:
             ids, prompt_length = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
             # TRL ends every answer with the EOS token, also after a template's end of turn and line end.
@@ -230,24 +230,23 @@ class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
             if prompt_nll:
                 nll_targets = shift_labels(ids.masked_fill(mask != 1, -100)[: len(ids) // 2])
                 mean_logits_over[:, -1] = False
-        if self._logps is None or self._logps.model is not self.model:  # a wrapper has taken its place
-            self._logps = attach(self.model, self.plan)
-            self._gate = LayoutGate(self._logps, self._everywhere)
-        if self.layout != "padded" and not self.is_encoder_decoder:
-            arguments |= self._laid_out(model, ids, mask, padding_value)
+        layout = self.layout_gate.name or self.layout  # what was refused is not laid out again
+        if layout != "padded" and not self.is_encoder_decoder:
+            arguments |= self._laid_out(model, ids, mask, padding_value, layout)
         arguments.setdefault("mean_logits_over", mean_logits_over)
-        logps, outputs = self._logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
+        logps, outputs = self.head_logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
 
-    def _laid_out(self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any) -> dict[str, Any]:
+    def _laid_out(
+        self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any, layout: Name
+    ) -> dict[str, Any]:
         """What to pass to `ModelLogps.logps` instead of the padded `ids` [2B, T]; {} if the model cannot have that."""
-        assert self._gate is not None
         sequences = [row[kept == 1].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
         half = len(sequences) // 2
         # Without prompts, every token but a sequence's first is one to predict.
-        pairs = [
+        pairs: list[TokenizedRow] = [
             {
                 "chosen_input_ids": chosen,
                 "chosen_prompt_length": 0,
@@ -256,20 +255,14 @@ class _HeadLogps(MemoryTold, RowOrder, EvaluationRows, _TrlTrainer):
             }
             for chosen, rejected in zip(sequences[:half], sequences[half:], strict=True)
         ]
-        batch = pack_pairs(
-            pairs, self.layout == "shared", row_length=self.packing_length, padding_value=padding_value or 0
-        )
-        batch = self._gate.admit(moved(batch, ids.device), model)
+        batch = pack_pairs(pairs, layout == "shared", row_length=self.packing_length, padding_value=padding_value or 0)
+        batch = self.layout_gate.admit(moved(batch, ids.device), model)
         if batch["layout"].name == "padded":
             return {}
         follows = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
         predicts = torch.cat([follows, torch.zeros_like(follows[:, :1])], 1)
         rows = torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])
-        return model_inputs(batch) | {"rows": rows, "mean_logits_over": sides(batch)}
-
-    def _everywhere(self, verdict: bool) -> bool:
-        """Whether all processes say so."""
-        return bool(self.accelerator.gather(torch.tensor([verdict], device=self.accelerator.device)).all())
+        return model_inputs(batch) | {"rows": rows, "mean_logits_over": sequence_places(batch)}
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
@@ -299,7 +292,8 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         if train_eval == "train":
             means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes
             return loss, dict(zip(metrics, means, strict=True))
-        rows = pair_rows(logps, targets, nll_targets, mean_logits, aux_loss=aux_loss)
+        of = PairSums.of_targets(for_metrics(logps), targets, nll_targets)
+        rows = pair_rows(of, mean_logits, aux_loss=aux_loss)
         self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
         # TRL's prediction_step hands the logits on as predictions, whether or not they are known.
         unknown = dict.fromkeys(("logits/chosen", "logits/rejected"), loss.new_tensor(torch.nan))

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orpo_kernels.kernels.dispatch import choose, forward_head
-from orpo_kernels.kernels.interface import Head, Kept, Tokens
-from orpo_kernels.plan import MIB, Plan
+from orpo_kernels.kernels.interface import Backend, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.plan import MIB, Plan, Schedule
 from orpo_kernels.tokens import RowGroups
 
 
@@ -28,6 +28,9 @@ class HeadOptions(NamedTuple):
     compute_dtype: torch.dtype
     plan: Plan
 
+    def head(self, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> Head:
+        return Head(weight, bias, self.logit_scale, self.softcap, self.compute_dtype, adapter)
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted. Asked of the caller's tensors: under no_grad a leaf still says it requires
@@ -38,48 +41,33 @@ class Needs(NamedTuple):
     bias: bool
     adapter: bool = False
 
+    @classmethod
+    def of(cls, *inputs: Tensor | None) -> Needs:
+        """Of hidden, weight, bias and adapter, as autograd sees them now."""
+        grad = torch.is_grad_enabled()
+        return cls(*(grad and tensor is not None and tensor.requires_grad for tensor in inputs))
+
     @property
     def head(self) -> bool:
         return self.weight or self.bias or self.adapter
 
 
 class Saved(NamedTuple):
-    """What the backward needs besides the inputs: sure_not = 1 - p(target) [N], lse [N], u [N, D] or None."""
+    """What the backward needs besides the inputs: one_minus_p = 1 - p(target) [N], lse [N], u [N, D] or None."""
 
-    sure_not: Tensor
+    one_minus_p: Tensor
     lse: Tensor
     u: Tensor | None
-    kept: Kept | None
+    kept: KeptLogitGrads | None
 
 
-def logps_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor | None,
-    options: HeadOptions,
-    needs: Needs,
-    adapter: Tensor | None = None,
-) -> tuple[Tensor, Saved]:
-    """Log-probabilities [N] of the scored tokens, and what their backward needs.
-
-    adapter: [V, r] columns that continue the weight's; hidden is then [R, D + r].
-    """
-    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, schedule = choose(
-        options.plan,
-        head,
-        targets.numel(),
-        train_hidden=needs.hidden,
-        train_weight=needs.head,
-        in_place=rows is None and hidden.dtype == options.compute_dtype,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        out = backend.forward(Tokens(hidden, rows, targets), forward_head(backend, head), schedule, needs.hidden)
-        # softplus(x) = x beyond the threshold: e^-40 is below fp64's rounding.
-        logps = -F.softplus(out.gap, threshold=40.0)
-        return logps, Saved(torch.sigmoid(out.gap), out.lse, out.u, out.kept)
+def logps_forward(tokens: Tokens, head: Head, plan: Plan, needs: Needs) -> tuple[Tensor, Saved]:
+    """Log-probabilities [N] of the scored tokens, and what their backward needs."""
+    backend, schedule = _choose(tokens, head, plan, needs, train_weight=needs.head)
+    with torch.autocast(tokens.hidden.device.type, enabled=False):
+        out = backend.forward(tokens, forward_head(backend, head), schedule, needs.hidden)
+        logps = F.logsigmoid(out.log_odds)
+        return logps, Saved(torch.sigmoid(-out.log_odds), out.lse, out.u, out.kept)
 
 
 def hidden_gradient(
@@ -128,37 +116,32 @@ def hidden_gradient(
 
 
 def head_gradient(
-    tokens: Tokens,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficient: Tensor,
-    saved: Saved,
-    options: HeadOptions,
-    needs: Needs,
-    adapter: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    tokens: Tokens, head: Head, coefficient: Tensor, saved: Saved, plan: Plan, needs: Needs
+) -> HeadGradients:
     """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes, None where not needed."""
-    head = Head(weight, bias, options.logit_scale, options.softcap, options.compute_dtype, adapter)
-    backend, schedule = choose(
-        options.plan,
+    backend, schedule = _choose(tokens, head, plan, needs, train_weight=True)
+    with torch.autocast(coefficient.device.type, enabled=False):
+        return backend.weight_gradient(
+            tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias, needs.adapter
+        )
+
+
+def _choose(tokens: Tokens, head: Head, plan: Plan, needs: Needs, *, train_weight: bool) -> tuple[Backend, Schedule]:
+    return choose(
+        plan,
         head,
         tokens.targets.numel(),
         train_hidden=needs.hidden,
-        train_weight=True,
-        in_place=tokens.rows is None and tokens.hidden.dtype == options.compute_dtype,
+        train_weight=train_weight,
+        in_place=tokens.rows is None and tokens.hidden.dtype == head.compute_dtype,
     )
-    with torch.autocast(coefficient.device.type, enabled=False):
-        arguments = (tokens, head, coefficient, saved.lse, saved.kept, schedule, needs.weight, needs.bias)
-        if adapter is None:
-            (d_weight, d_bias), d_adapter = backend.weight_gradient(*arguments), None
-        else:
-            d_weight, d_bias, d_adapter = backend.weight_gradient(*arguments, needs.adapter)
-    return d_weight, d_bias, d_adapter
 
 
 class LinearLogps(torch.autograd.Function):
-    """`logps_forward` and `logps_backward` for autograd. Saves no product of its own but u: with a frozen head
-    neither `hidden` nor `weight` is kept alive."""
+    """`logps_forward`, `hidden_gradient` and `head_gradient` for autograd.
+
+    Saves no product of its own but u: with a frozen head neither `hidden` nor `weight` is kept alive.
+    """
 
     @staticmethod
     def forward(
@@ -173,7 +156,8 @@ class LinearLogps(torch.autograd.Function):
         needs: Needs,
         adapter: Tensor | None,
     ) -> Tensor:
-        logps, saved = logps_forward(hidden, weight, bias, targets, rows, options, needs, adapter)
+        head = options.head(weight, bias, adapter)
+        logps, saved = logps_forward(Tokens(hidden, rows, targets), head, options.plan, needs)
         trains_head = needs.head
         # The parameters themselves are saved, never a cast of them: sharding hooks recognise only those.
         inputs = (hidden, weight, bias, adapter, targets) if trains_head else (None,) * 5
@@ -182,7 +166,7 @@ class LinearLogps(torch.autograd.Function):
             *inputs,
             rows,
             *(groups[:4] if groups is not None else (None,) * 4),
-            saved.sure_not,
+            saved.one_minus_p,
             saved.lse if trains_head else None,
             saved.u,
             kept.reference if kept is not None else None,
@@ -204,23 +188,22 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
-        order, unique, starts, counts, sure_not, lse, u, reference, *values = rest
+        order, unique, starts, counts, one_minus_p, lse, u, reference, *values = rest
         del rest
         if values:
             # Where the graph is not to be used again, the kept values go part by part as they are used.
             ctx.maybe_clear_saved_tensors()
         needs: Needs = ctx.needs
-        coefficient = grad.to(sure_not.dtype) * sure_not
-        d_hidden = d_weight = d_bias = d_adapter = None
+        coefficient = grad.to(one_minus_p.dtype) * one_minus_p
+        d_hidden, d_head = None, HeadGradients(None, None)
         if needs.hidden:
             groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
             d_hidden = hidden_gradient(
                 ctx.hidden_shape, ctx.hidden_dtype, coefficient, u, rows, groups, ctx.options.plan
             )
         if needs.head:
-            saved = Saved(sure_not, lse, u, Kept(values, reference, ctx.kept_columns) if values else None)
+            saved = Saved(one_minus_p, lse, u, KeptLogitGrads(values, reference, ctx.kept_columns) if values else None)
             tokens = Tokens(hidden, rows, targets)
-            d_weight, d_bias, d_adapter = head_gradient(
-                tokens, weight, bias, coefficient, saved, ctx.options, needs, adapter
-            )
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, d_adapter
+            head = ctx.options.head(weight, bias, adapter)
+            d_head = head_gradient(tokens, head, coefficient, saved, ctx.options.plan, needs)
+        return d_hidden, d_head.weight, d_head.bias, None, None, None, None, None, d_head.adapter

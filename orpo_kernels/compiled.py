@@ -18,8 +18,7 @@ from orpo_kernels.autograd import (
     hidden_gradient,
     logps_forward,
 )
-from orpo_kernels.kernels.interface import Kept, Tokens
-from orpo_kernels.linear_logps import needs_of
+from orpo_kernels.kernels.interface import HeadGradients, KeptLogitGrads, Tokens
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import group_rows, select_scored
 
@@ -43,10 +42,11 @@ def _forward(
     needs: list[bool],
     adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """(logps [T], positions [N], sure_not [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
+    """(logps [T], positions [N], one_minus_p [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
     scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
-    logps, saved = logps_forward(hidden, weight, bias, scored.targets, scored.rows, options, Needs(*needs), adapter)
+    tokens, head = Tokens(hidden, scored.rows, scored.targets), options.head(weight, bias, adapter)
+    logps, saved = logps_forward(tokens, head, options.plan, Needs(*needs))
     positions = scored.positions
     if positions is None:
         positions = torch.arange(targets.numel(), device=targets.device)
@@ -59,7 +59,7 @@ def _forward(
     return (
         full,
         positions,
-        saved.sure_not,
+        saved.one_minus_p,
         saved.lse,
         none() if saved.u is None else saved.u,
         none() if kept is None else _side_by_side(kept.values),
@@ -77,7 +77,7 @@ def _backward(
     targets: Tensor,
     rows: Tensor | None,
     positions: Tensor,
-    sure_not: Tensor,
+    one_minus_p: Tensor,
     lse: Tensor,
     u: Tensor,
     kept: Tensor,
@@ -94,17 +94,18 @@ def _backward(
     """Gradients of hidden, weight, bias and adapter; empty where not needed."""
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
     wants = Needs(*needs)
-    coefficient = grad.index_select(0, positions).to(sure_not.dtype) * sure_not
+    coefficient = grad.index_select(0, positions).to(one_minus_p.dtype) * one_minus_p
     token_rows = positions if rows is None else rows.index_select(0, positions)
     groups = None if rows is None else group_rows(token_rows)
-    d_hidden = d_weight = d_bias = d_adapter = None
+    d_hidden, d_head = None, HeadGradients(None, None)
     if wants.hidden:
         d_hidden = hidden_gradient(hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan)
     if wants.head:
-        saved = Saved(sure_not, lse, None, Kept([kept], reference, columns) if columns else None)
+        saved = Saved(one_minus_p, lse, None, KeptLogitGrads([kept], reference, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
-        d_weight, d_bias, d_adapter = head_gradient(tokens, weight, bias, coefficient, saved, options, wants, adapter)
-    grads = (d_hidden, d_weight, d_bias, d_adapter)
+        head = options.head(weight, bias, adapter)
+        d_head = head_gradient(tokens, head, coefficient, saved, options.plan, wants)
+    grads = (d_hidden, *d_head)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
@@ -159,7 +160,7 @@ def _(
     targets,
     rows,
     positions,
-    sure_not,
+    one_minus_p,
     lse,
     u,
     kept,
@@ -222,7 +223,7 @@ def compiled_linear_logps(
         options.compute_dtype,
         plan.scratch_bytes,
         _KEEP_ALL if plan.keep_logit_grads is True else int(plan.keep_logit_grads),
-        list(needs_of(hidden, weight, bias, adapter)),
+        list(Needs.of(hidden, weight, bias, adapter)),
         adapter,
     )[0]
     return logps.view(targets.shape)

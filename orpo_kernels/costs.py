@@ -104,7 +104,15 @@ def predict(
         raise ValueError(f"dtype={dtype}: rates are known of products of bfloat16")
     on, n, d, v = CARDS[card], tokens, hidden_size, vocab_size
     schedule = plan.schedule(
-        n, d, v, dtype, "cuda", train_hidden=train_hidden, train_weight=train_weight, softcap=softcap, full_rows=True
+        n,
+        d,
+        v,
+        dtype,
+        "cuda",
+        train_hidden=train_hidden,
+        train_weight=train_weight,
+        softcap=softcap,
+        full_vocab_tiles=True,
     )
 
     def product(rows: int, columns: int, moved: float) -> float:

@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from orpo_kernels.kernels.dispatch import fitting
+from orpo_kernels.kernels.triton_bytes import DTYPES
 from orpo_kernels.models import CONFIGS
-from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
+from orpo_kernels.plan import Plan, Schedule
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,10 @@ def _schedule(plan: Plan, head: HeadSize, tokens: int, dtype: torch.dtype, devic
     """The loop sizes that a call would choose (`kernels.dispatch.choose`): the kernels' where they serve the dtype."""
     sizes: Any = (tokens, head.hidden_size, head.vocab_size, dtype, device)
     softcap = head.softcap is not None
-    if device != "cpu" and dtype in (torch.bfloat16, torch.float32):
-        try:
-            return plan.schedule(*sizes, softcap=softcap, full_rows=True, **trains)
-        except ScratchTooSmall:
-            pass
-    return plan.schedule(*sizes, softcap=softcap, **trains)
+    return fitting(
+        lambda kernels: plan.schedule(*sizes, softcap=softcap, full_vocab_tiles=kernels, **trains),
+        kernels=device != "cpu" and dtype in DTYPES,
+    )
 
 
 def head_of_model(name: str) -> HeadSize:

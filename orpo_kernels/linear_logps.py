@@ -46,7 +46,7 @@ def linear_logps(
     plan: memory budget and what to keep (`Plan`); the default follows the device.
 
     Returns fp32 (fp64 for fp64 inputs), shaped like `targets`, 0 at ignored places; differentiable in hidden,
-    weight and bias. A target that is certain keeps its precision: logp = -softplus(L - z_y) with L over the
+    weight and bias. A target that is certain keeps its precision: logp = logsigmoid(z_y - L) with L over the
     other entries. A row with NaN gives NaN; one with inf too, unless a soft-cap bounds its logits.
 
     Raises ValueError or TypeError that names the argument, its value and what it must be.
@@ -84,22 +84,12 @@ def scored_logps(
         scored.rows,
         scored.groups,
         options,
-        needs_of(hidden, weight, bias, adapter),
+        Needs.of(hidden, weight, bias, adapter),
         adapter,
     )
     if scored.positions is None:
         return logps.view(shape)
     return logps.new_zeros(math.prod(shape)).index_copy(0, scored.positions, logps).view(shape)
-
-
-def needs_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None = None) -> Needs:
-    grad = torch.is_grad_enabled()
-    return Needs(
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-        grad and adapter is not None and adapter.requires_grad,
-    )
 
 
 def head_options(

@@ -2,8 +2,8 @@
 
     loss = NLL + beta * mean over pairs of the odds-ratio term      (the term: odds_ratio.py)
 
-It sees a sequence only through its summed log-probs and its token count: `orpo_from_sums` is the objective.
-Two layouts lead there: a rectangle (`orpo_objective`), and flat arrays (`orpo_objective_flat`) in which
+It sees a sequence only through its summed log-probs and its token count (`pair_sums`): `orpo_from_sums` is the
+objective. Two layouts lead there: a rectangle (`orpo_objective`), and flat arrays (`orpo_objective_flat`) in which
 padded, packed and shared-prefix batches look alike.
 
 An empty completion (truncated away, all ignored) takes its pair out of every mean over pairs, while NLL
@@ -14,21 +14,17 @@ always shows.
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.odds_ratio import check_logps, odds_ratio_loss
+from orpo_kernels.odds_ratio import odds_ratio_loss
+from orpo_kernels.pair_sums import CHOSEN, PROMPT, REJECTED, PairSums, host_can_look
 from orpo_kernels.presets import Preset, check_weight, get_preset
 
-# Kinds of scored token: in the chosen sequence's NLL only; in the chosen completion; in the rejected one.
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
-# Elements of the [S, N] comparison that a segment sum makes at once; beyond it, one segment at a time.
-_SEGMENT_LIMIT = 1 << 20
+__all__ = ["CHOSEN", "PROMPT", "REJECTED", "OrpoOutput", "orpo_from_sums", "orpo_objective", "orpo_objective_flat"]
 
 _warned_empty = False
 
@@ -155,8 +151,7 @@ def orpo_objective(
     if nll_mask is None:
         nll_mask = completion_mask[:num_pairs]
     return orpo_from_sums(
-        *_row_sums("completion", completion_logps, completion_mask),
-        *_row_sums("nll", nll_logps, nll_mask),
+        PairSums.of_masks(completion_logps, completion_mask, nll_logps, nll_mask),
         beta=beta,
         preset=preset,
         nll_normalizer=nll_normalizer,
@@ -191,28 +186,8 @@ def orpo_objective_flat(
         TypeError: as `orpo_objective`.
     """
     preset = get_preset(preset)
-    check_logps("logps", logps)
-    for name, index in (("pair", pair), ("kind", kind)):
-        if logps.dim() != 1 or index.shape != logps.shape:
-            raise ValueError(f"{name} has shape {list(index.shape)}, logps {list(logps.shape)}: give [N], one a token")
-    fits = (pair >= 0) & (pair < num_pairs) & (kind >= PROMPT) & (kind <= REJECTED)
-    if _host_can_look(fits) and not bool(fits.all()):
-        at = int(torch.argmin(fits.int()))
-        raise ValueError(
-            f"token {at} has pair={int(pair[at])} and kind={int(kind[at])}: a pair lies in [0, {num_pairs}), "
-            f"a kind is PROMPT={PROMPT}, CHOSEN={CHOSEN} or REJECTED={REJECTED}"
-        )
-    segment = torch.where(fits, kind * num_pairs + pair, 0)
-    sums = _SegmentSum.apply(torch.where(fits.all(), logps, math.nan), segment, 3 * num_pairs)
-    counts = _SegmentSum.apply(torch.ones_like(logps), segment, 3 * num_pairs)
-    sums, counts = sums.view(3, num_pairs), counts.view(3, num_pairs)  # by kind
-
-    in_nll = slice(CHOSEN if preset.nll_over == "chosen" else PROMPT, REJECTED)
     return orpo_from_sums(
-        sums[CHOSEN:].flatten(),
-        counts[CHOSEN:].flatten(),
-        sums[in_nll].sum(0),
-        counts[in_nll].sum(0),
+        PairSums.of_flat(logps, pair, kind, num_pairs=num_pairs, preset=preset),
         beta=beta,
         preset=preset,
         nll_normalizer=nll_normalizer,
@@ -221,10 +196,7 @@ def orpo_objective_flat(
 
 
 def orpo_from_sums(
-    sums: Tensor,
-    counts: Tensor,
-    nll_sums: Tensor,
-    nll_counts: Tensor,
+    of: PairSums,
     *,
     beta: float | None = None,
     preset: str | Preset | None = None,
@@ -234,32 +206,27 @@ def orpo_from_sums(
     """The objective on each sequence's summed log-probs and token count.
 
     Args:
-        sums, counts: [2B] of the completions, the chosen first.
-        nll_sums, nll_counts: [B] of the chosen sequences' NLL tokens.
+        of: the sums and counts of B pairs.
         beta, preset, nll_normalizer, pair_normalizer: as for `orpo_objective`, which tells the errors too.
     """
     preset = get_preset(preset)
     beta = preset.beta if beta is None else beta
     check_weight("beta", beta)
-    if sums.shape[0] != 2 * nll_sums.shape[0]:
-        raise ValueError(
-            f"{sums.shape[0]} completions but {nll_sums.shape[0]} sequences in the NLL: give 2B and B rows"
-        )
+    if of.sums.shape[0] != 2 * of.num_pairs:
+        raise ValueError(f"{of.sums.shape[0]} completions but {of.num_pairs} sequences in the NLL: give 2B and B rows")
 
-    num_pairs = nll_sums.shape[0]
-    logps = sums / counts.clamp(min=1)
-    chosen_logps, rejected_logps = logps[:num_pairs], logps[num_pairs:]
-    pair_is_valid = (counts[:num_pairs] > 0) & (counts[num_pairs:] > 0)
+    logps = of.sums / of.counts.clamp(min=1)
+    chosen_logps, rejected_logps = logps[: of.num_pairs], logps[of.num_pairs :]
+    pair_is_valid = of.pair_is_valid
     valid_pairs = pair_is_valid.sum()
-    odds_dtype = preset.odds_dtype or sums.dtype
+    odds_dtype = preset.odds_dtype or of.sums.dtype
     terms, log_odds = odds_ratio_loss(chosen_logps.to(odds_dtype), rejected_logps.to(odds_dtype))
-    terms, log_odds = terms.to(sums.dtype), log_odds.to(sums.dtype)
+    terms, log_odds = terms.to(of.sums.dtype), log_odds.to(of.sums.dtype)
     odds_loss = (terms * pair_is_valid).sum() / _normalizer("pair_normalizer", pair_normalizer, valid_pairs)
 
-    if preset.nll_mean == "tokens":
-        nll_sum, nll_count = -nll_sums.sum(), nll_counts.sum()
-    else:
-        nll_sum, nll_count = -(nll_sums / nll_counts.clamp(min=1)).sum(), (nll_counts > 0).sum()
+    by_token = preset.nll_mean == "tokens"
+    nll_sum = -(of.nll_sums if by_token else of.nll_sums / of.nll_counts.clamp(min=1)).sum()
+    nll_count = of.nll_count(preset)
     nll_loss = nll_sum / _normalizer("nll_normalizer", nll_normalizer, nll_count)
 
     output = OrpoOutput(
@@ -275,41 +242,9 @@ def orpo_from_sums(
         nll_count=nll_count,
         beta=beta,
     )
-    if _host_can_look(valid_pairs):
+    if host_can_look(valid_pairs):
         output.warn_if_empty()
     return output
-
-
-class _SegmentSum(torch.autograd.Function):
-    """Sums of `values` [N] over equal `segment` [N], in [0, S): [S]. The backward gathers.
-
-    Every segment is compared with every token. Unlike index_add on a GPU this uses no atomics, so the same
-    bits come back; unlike a one-hot product or differences of a running sum it leaves a NaN in its own
-    segment; it sums pairwise and takes tokens in any order. Reading N numbers S times is nothing beside a
-    head's product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-        ctx.save_for_backward(segment)
-        if num_segments * values.shape[0] <= _SEGMENT_LIMIT:
-            ids = torch.arange(num_segments, device=segment.device)
-            return torch.where(segment == ids[:, None], values, 0).sum(-1)  # [S, N] -> [S]
-        return torch.stack([torch.where(segment == s, values, 0).sum() for s in range(num_segments)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None]:
-        (segment,) = ctx.saved_tensors
-        return grad_sums[segment], None, None
-
-
-def _row_sums(name: str, logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    check_logps(f"{name}_logps", logps)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}_mask is {mask.dtype}: give bool, such as targets != ignore_index")
-    if mask.shape != logps.shape:
-        raise ValueError(f"{name}_mask has shape {list(mask.shape)}, {name}_logps {list(logps.shape)}: make them equal")
-    return torch.where(mask, logps, 0).sum(-1), mask.sum(-1)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -324,7 +259,3 @@ def _normalizer(name: str, given: float | Tensor | None, count: Tensor) -> float
         return torch.where(given == 0, 1, given)
     check_weight(name, given)
     return given or 1
-
-
-def _host_can_look(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

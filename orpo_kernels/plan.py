@@ -25,7 +25,8 @@ from functools import partial
 import torch
 
 from orpo_kernels import traffic
-from orpo_kernels.fit import Bytes, largest, whole_rows, whole_tokens
+from orpo_kernels.fit import largest, whole_rows, whole_tokens
+from orpo_kernels.kernels import torch_bytes, triton_bytes
 
 MIB = 1 << 20
 
@@ -41,10 +42,6 @@ _GPU_SCRATCH = 384 * MIB
 # The BLAS library packs operands into buffers of its own: 3.3 MiB measured (MKL, 2 cores). The budget covers them,
 # up to a third of it.
 CPU_LIBRARY_BYTES = 4 * MIB
-# The bytes of a row's own numbers (references, sums, masks, indices), rounded up.
-_ROW_BYTES = 128
-# The kernels' tiles have from 64 to 256 columns: rows are as long as whole tiles, and each tile leaves a sum a row.
-_TILE_COLUMNS = (64, 256)
 
 
 class ScratchTooSmall(ValueError):
@@ -100,7 +97,8 @@ class Plan:
 
     scratch_bytes: the budget for transient buffers, in bytes; None picks 32 MiB on a CPU, 384 MiB elsewhere.
     keep_logit_grads: keep the forward's logit gradients for the backward of a head that trains, instead of
-        recomputing the logits: False (least memory), True (least time), or a number of bytes to spend on it.
+        recomputing the logits: False (least memory), True (least time), or a number of bytes, 2 or more, to spend on
+        it (1 would equal True, which is not one byte but all).
         The numbers are the same up to the rounding of one kept value.
 
     Raises TypeError for a number that is not an int; ValueError for a budget that is not positive, and, once the
@@ -113,6 +111,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.scratch_bytes, int | None) or isinstance(self.scratch_bytes, bool):
             raise TypeError(f"Plan.scratch_bytes={self.scratch_bytes!r} must be an int, in bytes, or None")
+        if self.keep_logit_grads is not True and self.keep_logit_grads == 1:
+            raise ValueError("Plan.keep_logit_grads=1 is one byte, which holds nothing: give True to keep them all")
         if not isinstance(self.keep_logit_grads, int):
             raise TypeError(f"Plan.keep_logit_grads={self.keep_logit_grads!r} must be True, False or an int, in bytes")
         if self.scratch_bytes is not None and self.scratch_bytes <= 0:
@@ -154,15 +154,15 @@ class Plan:
         train_hidden: bool = True,
         train_weight: bool = False,
         softcap: bool = False,
-        full_rows: bool = False,
-        joined: bool = False,
+        full_vocab_tiles: bool = False,
+        has_adapter: bool = False,
         cast: bool = False,
         in_place: bool = False,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
-        joined: blocks of the weight are copied to join an adapter's columns to them (D counts those too).
-        full_rows: tiles span the whole vocabulary (what the Triton kernels write).
+        has_adapter: blocks of the weight are copied to join an adapter's columns to them (D counts those too).
+        full_vocab_tiles: tiles span the whole vocabulary (what the Triton kernels write).
         cast: the weight is of another dtype than the compute dtype.
         in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
         """
@@ -171,31 +171,41 @@ class Plan:
         library = min(CPU_LIBRARY_BYTES, self.budget(device) // 3) if cpu else 0
         budget = self.budget(device) - library
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
-        # Numbers of every token: gap, logsumexp and, for the kernels, what belongs to its target; or coefficients on
-        # their way from logps to logits.
-        numbers = (6 if full_rows else 4) * wide * tokens
+        # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
+        # on their way from logps to logits.
+        numbers = (6 if full_vocab_tiles else 4) * wide * tokens
         for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
-        trains = {"train_hidden": train_hidden, "train_weight": train_weight, "cpu": cpu, "full_rows": full_rows}
+        trains = {
+            "train_hidden": train_hidden,
+            "train_weight": train_weight,
+            "cpu": cpu,
+            "full_vocab_tiles": full_vocab_tiles,
+        }
 
-        if full_rows:
+        if full_vocab_tiles:
             # Kept tiles are multiplied with rows that are made for it.
             gathers = (not in_place, not in_place or bool(self.keep_logit_grads))
-            cost_forward, cost_whole, cost_backward = _kernel_bytes(
-                hidden_size, v, dtype, train_hidden, cast, cpu, gathers
+            cost_forward, cost_whole, cost_backward = triton_bytes.tile_bytes(
+                hidden_size, v, dtype, train_hidden=train_hidden, cast=cast, cpu=cpu, gathers=gathers
             )
             forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
         else:
-            cost_forward, cost_backward = _torch_bytes(hidden_size, dtype, softcap, joined, cpu)
+            cost_forward, cost_backward = torch_bytes.tile_bytes(
+                hidden_size, dtype, softcap=softcap, has_adapter=has_adapter, cpu=cpu
+            )
             cost_whole, block = cost_backward, min(_CPU_BLOCK if cpu else _GPU_BLOCK, v)
             forward = largest(for_tiles, cost_forward, max(tokens, 1), block, _CPU_CHUNK if cpu else None)
 
         keep_rows = row_kept = 0
         if train_weight and self.keep_logit_grads and forward is not None:
-            row_kept = _kept_bytes(v, forward[1], item, wide, full_rows)
+            if full_vocab_tiles:
+                row_kept = triton_bytes.kept_bytes(v, dtype)
+            else:
+                row_kept = torch_bytes.kept_bytes(v, dtype, forward[1])
             keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
 
         backward: tuple[int, int] | None = (0, 0)
-        if train_weight and full_rows:
+        if train_weight and full_vocab_tiles:
             moved = partial(_moved_backward, sizes, trains)
             if 0 < keep_rows < tokens:  # two products, whatever the chunk
                 cost_whole = cost_backward
@@ -203,7 +213,7 @@ class Plan:
         elif train_weight:
             backward = largest(for_tiles, cost_backward, max(tokens, 1), block)
         if forward is None or backward is None:
-            least = max(cost_forward.of(1, v if full_rows else 1), cost_backward.of(1, 1) if train_weight else 0)
+            least = max(cost_forward.of(1, v if full_vocab_tiles else 1), cost_backward.of(1, 1) if train_weight else 0)
             raise self._too_small(numbers + least, device, f"N={tokens}, D={hidden_size}, V={vocab_size}, {dtype}")
         for_backward = (cost_whole if backward[0] >= tokens else cost_backward).of(*backward)
         kept_share = keep_rows / tokens if tokens else 0.0
@@ -216,11 +226,11 @@ class Plan:
             tokens * row_saved + keep_rows * row_kept,
             2.0 if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
-            "triton" if full_rows else "torch",
+            "triton" if full_vocab_tiles else "torch",
             *traffic.moved(
                 *sizes, chunks=(forward[0], backward[0]), backward_block=backward[1], keep_rows=keep_rows, **trains
             ),
-            v * hidden_size * item if full_rows and cast else 0,
+            v * hidden_size * item if full_vocab_tiles and cast else 0,
         )
 
     def _too_small(self, least: int, device: torch.device, sizes: str) -> ScratchTooSmall:
@@ -236,65 +246,7 @@ def _moved_backward(sizes: tuple[int, int, int, int], trains: dict[str, bool], c
     return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
 
 
-def _kept_bytes(vocab_size: int, block: int, item: int, wide: int, full_rows: bool) -> int:
-    """What a kept token's logit gradients take, and their references."""
-    columns = -(-vocab_size // _TILE_COLUMNS[1]) * _TILE_COLUMNS[1] if full_rows else vocab_size
-    return columns * item + -(-vocab_size // block) * wide
-
-
 def _saved_bytes(hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool) -> int:
     """What autograd holds of a token, kept logit gradients aside. of_u: bytes of a number of u."""
     row = 2 * wide + 8 if train_hidden or train_weight else 0  # 1 - p, log-prob, row
     return row + (hidden_size * of_u if train_hidden else 0) + (wide + 8 if train_weight else 0)  # logsumexp, target
-
-
-def _torch_bytes(hidden_size: int, dtype: torch.dtype, softcap: bool, joined: bool, cpu: bool) -> tuple[Bytes, Bytes]:
-    """What tiles of `kernels.torch_path` take, in the forward and in the backward."""
-    item = dtype.itemsize
-    wide = 8 if dtype == torch.float64 else 4
-    mixed = item < wide
-    # A logit: its value, its slope, and on a GPU its copy as a product's operand.
-    operand = item if mixed and not cpu else 0
-    logit = wide * (2 if softcap else 1) + operand
-    # A token's rows of D: hidden as an operand, the sum of products, and what is on its way to either.
-    token = hidden_size * (2 * wide + item if mixed else wide) + _ROW_BYTES * wide // 4
-    # A vocabulary entry's: the weight as an operand, and in the backward its gradient and what is added to that;
-    # the same of the bias.
-    forward = 4 * wide + (hidden_size * (wide + item) if mixed else 0)
-    backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
-    if joined:
-        token += hidden_size * wide
-        forward += hidden_size * wide
-        backward += hidden_size * wide * (1 if mixed else 2)
-    return Bytes(token, logit, forward), Bytes(token, logit, backward)
-
-
-def _kernel_bytes(
-    hidden_size: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    train_hidden: bool,
-    cast: bool,
-    cpu: bool,
-    gathers: tuple[bool, bool],
-) -> tuple[Bytes, Bytes, Bytes]:
-    """What tiles of `kernels.triton_path` take: in the forward, in a backward of all tokens at once, and in one of
-    chunks of them. gathers: whether forward and backward copy the rows of hidden."""
-    item, wide = dtype.itemsize, 4
-    mixed = item < wide
-    narrowest, widest = _TILE_COLUMNS
-    # A token's row of hidden as an operand, its tiles' sums, and in the forward its product E W before it becomes u.
-    operand, again = (_ROW_BYTES + (hidden_size * item if copies else 0) for copies in gathers)
-    ends = (widest - 1) * item + wide * -(-vocab_size // narrowest)
-    product = hidden_size * wide if mixed and train_hidden else 0
-    forward = Bytes(operand + ends + product, item if train_hidden else 0, 0)
-    # An entry's gradient in fp32 before it is rounded, where a product does not round it; the weight's row where it is
-    # cast. The same of the bias.
-    entry = 4 * wide + (hidden_size * item if cast else 0)
-    rounded = not mixed if cast else mixed and cpu
-    tile = (again + (widest - 1) * item, item)
-    return (
-        forward,
-        Bytes(*tile, entry + hidden_size * wide * rounded),
-        Bytes(*tile, entry + hidden_size * wide * (mixed != cast)),
-    )

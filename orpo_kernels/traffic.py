@@ -28,7 +28,7 @@ def moved(
     train_hidden: bool,
     train_weight: bool,
     cpu: bool,
-    full_rows: bool,
+    full_vocab_tiles: bool,
 ) -> tuple[int, int]:
     """Bytes of the forward and of the backward.
 
@@ -37,7 +37,7 @@ def moved(
     """
     hidden, weight = tokens * hidden_size * item, vocab_size * hidden_size * item
     kept, logits = keep_rows * vocab_size * item, tokens * vocab_size
-    passes = 0 if cpu else 2 * item if full_rows else 3 * max(4, item) + 2 * item
+    passes = 0 if cpu else 2 * item if full_vocab_tiles else 3 * max(4, item) + 2 * item
     products = 1 if cpu else 2
     of_hidden = 2 * hidden if train_hidden else 0  # u: written once, then read for the gradient that is written
 
@@ -49,10 +49,10 @@ def moved(
     recomputed = tokens - keep_rows
     blocks = ceil(vocab_size / backward_block)
     # Kept tiles are the kernels' operand as they are.
-    made = (recomputed if full_rows else tokens) * vocab_size
+    made = (recomputed if full_vocab_tiles else tokens) * vocab_size
     backward = of_hidden + kept + made * passes + weight * ceil(recomputed / chunks[1]) + weight  # its gradient
     backward += blocks * (hidden + recomputed * hidden_size * item * (products - 1))
     sums = ceil(keep_rows / chunks[1]) + ceil(recomputed / chunks[1])
-    if item < 4 and not cpu and (sums > 1 or not full_rows):
+    if item < 4 and not cpu and (sums > 1 or not full_vocab_tiles):
         backward += 4 * vocab_size * hidden_size * 2 * sums
     return forward, backward

@@ -105,7 +105,7 @@ def exact_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Float64 log-probs from full logits, -softplus(logsumexp of the competitors - z_y); 0 where ignored.
+    """Float64 log-probs from full logits, logsigmoid(z_y - logsumexp of the competitors); 0 where ignored.
 
     A target with 1 - p = 1e-10 keeps 15 digits in this form, and six in that of `log_softmax`.
     """
@@ -116,8 +116,8 @@ def exact_logps(
         logps = z_y - z_y  # No competitor: the target is certain.
     else:
         competitors = z.scatter(1, y[:, None], -torch.inf)
-        gap = competitors.logsumexp(1) - z_y
-        logps = -torch.logaddexp(gap, torch.zeros_like(gap))
+        log_odds = z_y - competitors.logsumexp(1)
+        logps = torch.nn.functional.logsigmoid(log_odds)
     return torch.where(scored, logps, 0.0).view(targets.shape)
 
 

@@ -151,9 +151,9 @@ def confident(request: pytest.FixtureRequest, device: torch.device) -> tuple[Cas
     hidden = own * length / own.square().sum(1, keepdim=True)
     case = dataclasses.replace(case, hidden=hidden.to(request.param))
     exact = evaluate_exact(case)
-    sure_not = -torch.expm1(exact.logps)
-    assert sure_not.max() > 0.4
-    assert sure_not.min() < 1e-10
+    one_minus_p = -torch.expm1(exact.logps)
+    assert one_minus_p.max() > 0.4
+    assert one_minus_p.min() < 1e-10
     return case, exact
 
 

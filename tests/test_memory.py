@@ -176,7 +176,7 @@ def measure(s: Shapes) -> Measured:
         train_hidden="hidden" in s.train,
         train_weight="weight" in s.train or "adapter" in s.train,
         softcap=s.softcap is not None,
-        joined=adapter is not None,
+        has_adapter=adapter is not None,
     )
     inputs = [hidden, weight, bias, adapter, targets, rows, *(groups[:4] if groups is not None else ())]
     with Allocations(*inputs) as forward:

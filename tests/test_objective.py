@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-import orpo_kernels.objective as objective
+from orpo_kernels import pair_sums
 from orpo_kernels.objective import (
     CHOSEN,
     PROMPT,
@@ -27,6 +27,7 @@ from orpo_kernels.objective import (
     orpo_objective_flat,
 )
 from orpo_kernels.odds_ratio import ROUNDING, SURE, log1mexp, odds_ratio_loss
+from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.presets import Preset, get_preset
 
 TRL_METRICS = {
@@ -44,7 +45,7 @@ TRL_METRICS = {
 
 @pytest.fixture(autouse=True)
 def _no_warning_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_warned_empty", False)
+    monkeypatch.setattr("orpo_kernels.objective._warned_empty", False)
 
 
 def odds_ratio_mpmath(chosen: float, rejected: float) -> tuple[mpmath.mpf, ...]:
@@ -360,7 +361,7 @@ def test_flat_tokens_may_come_in_any_order(seed: int) -> None:
 def test_flat_sums_segment_by_segment_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(3)
     (at_once,) = torch.autograd.grad(flat(batch, "trl").loss, batch.logps)
-    monkeypatch.setattr(objective, "_SEGMENT_LIMIT", 0)
+    monkeypatch.setattr(pair_sums, "_SEGMENT_LIMIT", 0)
     output = flat(batch, "trl")
     torch.testing.assert_close(output.loss, rectangle(batch, "trl").loss, rtol=1e-14, atol=0)
     torch.testing.assert_close(torch.autograd.grad(output.loss, batch.logps)[0], at_once, rtol=1e-14, atol=0)
@@ -630,7 +631,7 @@ def test_flat_bad_input(pair: list[int], kind: list[int], names: str) -> None:
 def test_where_the_host_does_not_look_a_pair_out_of_range_makes_the_loss_nan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(objective, "_host_can_look", lambda tensor: False)
+    monkeypatch.setattr(pair_sums, "host_can_look", lambda tensor: False)
     pair, kind = torch.tensor([0, 0, 1]), torch.tensor([CHOSEN, REJECTED, CHOSEN])
     assert math.isnan(orpo_objective_flat(torch.full((3,), -1.0), pair, kind, num_pairs=1).loss.item())
 
@@ -667,5 +668,6 @@ def test_from_sums_is_what_both_layouts_end_in() -> None:
     batch = make_batch(8)
     sums = torch.where(batch.completion_mask, batch.logps, 0).sum(-1)
     nll_sums = torch.where(batch.nll_mask, batch.logps[:3], 0).sum(-1)
-    output = orpo_from_sums(sums, batch.completion_mask.sum(-1), nll_sums, batch.nll_mask.sum(-1), preset="trl")
+    of = PairSums(sums, batch.completion_mask.sum(-1), nll_sums, batch.nll_mask.sum(-1))
+    output = orpo_from_sums(of, preset="trl")
     assert torch.equal(output.loss, rectangle(batch, "trl").loss)

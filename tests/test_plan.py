@@ -75,7 +75,7 @@ def test_saved_bytes() -> None:
     assert saved(torch.float32) == n * (4 * d + 4 + 4 + 8)
     # On a CPU u is fp32 for 16-bit inputs too.
     assert saved(torch.bfloat16) == n * (4 * d + 4 + 4 + 8)
-    on_gpu = Plan().schedule(*SIZES, torch.bfloat16, "cuda", full_rows=True)
+    on_gpu = Plan().schedule(*SIZES, torch.bfloat16, "cuda", full_vocab_tiles=True)
     assert on_gpu.saved_bytes == n * (2 * d + 4 + 4 + 8)
     assert saved(torch.float64, train_weight=True) == n * (8 * d + 8 + 8 + 8 + 8 + 8)
     assert saved(torch.float32, train_hidden=False, train_weight=True) == n * (4 + 4 + 8 + 4 + 8)
@@ -114,10 +114,12 @@ def test_bytes_moved() -> None:
     n, d, v = 2000, 64, 5000
 
     def moved(
-        plan: Plan | None = None, device: str = "cuda", full_rows: bool = True, **trains: bool
+        plan: Plan | None = None, device: str = "cuda", full_vocab_tiles: bool = True, **trains: bool
     ) -> tuple[int, int]:
-        schedule = (plan or Plan()).schedule(n, d, v, torch.bfloat16, device, full_rows=full_rows, **trains)
-        assert schedule.path == ("triton" if full_rows else "torch")
+        schedule = (plan or Plan()).schedule(
+            n, d, v, torch.bfloat16, device, full_vocab_tiles=full_vocab_tiles, **trains
+        )
+        assert schedule.path == ("triton" if full_vocab_tiles else "torch")
         assert (schedule.forward_chunk, schedule.forward_block) == (n, v) or device == "cpu"
         return schedule.moved_forward, schedule.moved_backward
 
@@ -133,10 +135,10 @@ def test_bytes_moved() -> None:
     kept = moved(Plan(keep_logit_grads=True), train_weight=True)
     assert kept == (forward + tile, backward - hidden - weight - tile)
     # Plain torch passes fp32 logits around; a CPU keeps them in its cache, and the weight's block.
-    assert moved(full_rows=False)[0] == 2 * hidden + 2 * weight + (3 * 4 + 2 * 2) * n * v
+    assert moved(full_vocab_tiles=False)[0] == 2 * hidden + 2 * weight + (3 * 4 + 2 * 2) * n * v
     chunks = -(-n // Plan().schedule(n, d, v, torch.bfloat16, "cpu").forward_chunk)
     assert chunks > 1
-    assert moved(device="cpu", full_rows=False)[0] == 2 * hidden + chunks * weight
+    assert moved(device="cpu", full_vocab_tiles=False)[0] == 2 * hidden + chunks * weight
 
 
 def test_default_budgets_and_an_explicit_one() -> None:
@@ -181,7 +183,13 @@ def test_bad_plans(arguments: dict[str, Any], error: type[Exception], message: s
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"train_weight": True}, {"train_weight": True, "softcap": True}, {"full_rows": True}, {"joined": True}],
+    [
+        {},
+        {"train_weight": True},
+        {"train_weight": True, "softcap": True},
+        {"full_vocab_tiles": True},
+        {"has_adapter": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("size", [(1, 64, 100), (5000, 256, 5000), (3, 4096, 128256)], ids=str)
@@ -217,7 +225,7 @@ def test_the_least_budget_computes_the_same(dtype: torch.dtype, device: torch.de
 )
 def test_full_rows_span_the_vocabulary(size: tuple[int, int, int], dtype: torch.dtype) -> None:
     """What the Triton kernels need, within the default budget: no block may be cut."""
-    schedule = Plan().schedule(*size, dtype, "cuda", train_weight=True, full_rows=True)
+    schedule = Plan().schedule(*size, dtype, "cuda", train_weight=True, full_vocab_tiles=True)
     assert schedule.forward_block == size[2]
     assert schedule.forward_chunk >= min(size[0], 128)
     assert schedule.scratch_bytes <= 384 * MIB
@@ -234,7 +242,7 @@ def test_full_rows_span_the_vocabulary(size: tuple[int, int, int], dtype: torch.
     train_hidden=st.booleans(),
     train_weight=st.booleans(),
     softcap=st.booleans(),
-    full_rows=st.booleans(),
+    full_vocab_tiles=st.booleans(),
 )
 def test_schedules_hold_what_they_promise(
     tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, where: str, scratch: int | None, **options: bool
@@ -247,7 +255,7 @@ def test_schedules_hold_what_they_promise(
         return  # The error is the subject of tests above.
     assert 0 < schedule.scratch_bytes <= plan.budget(where)
     assert 1 <= schedule.forward_block <= vocab_size
-    assert not options["full_rows"] or schedule.forward_block == vocab_size
+    assert not options["full_vocab_tiles"] or schedule.forward_block == vocab_size
     assert 1 <= schedule.forward_chunk <= max(tokens, 1)
     if not options["train_weight"]:
         assert schedule.backward_chunk == schedule.backward_block == 0
@@ -255,7 +263,7 @@ def test_schedules_hold_what_they_promise(
     assert 1 <= schedule.backward_block <= vocab_size
     assert 1 <= schedule.backward_chunk <= max(tokens, 1)
     for chunk in (schedule.forward_chunk, schedule.backward_chunk):
-        if tokens and not (options["full_rows"] and chunk % 128 == 0):
+        if tokens and not (options["full_vocab_tiles"] and chunk % 128 == 0):
             assert chunk == math.ceil(tokens / math.ceil(tokens / chunk))
 
 
@@ -277,7 +285,7 @@ HEADS_OF_MODELS = {
 def test_the_kernels_schedule_of_popular_heads(model: str, tokens: int) -> None:
     """Heights that a library multiplies at its full rate, and a weight's gradient that is added up in no buffer."""
     d, v = HEADS_OF_MODELS[model]
-    schedule = Plan().schedule(tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_rows=True)
+    schedule = Plan().schedule(tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_vocab_tiles=True)
     assert schedule.forward_chunk % 256 == 0
     assert schedule.forward_chunk >= min(tokens, 512)
     assert schedule.backward_chunk == tokens
@@ -297,7 +305,9 @@ def test_the_kernels_schedule_of_popular_heads(model: str, tokens: int) -> None:
 def test_the_backward_moves_little_more_than_it_must(model: str, tokens: int) -> None:
     """Where the rows of hidden are read in place: operands, the tile and the gradient once each, and 30 %."""
     d, v = HEADS_OF_MODELS[model]
-    schedule = Plan().schedule(tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_rows=True, in_place=True)
+    schedule = Plan().schedule(
+        tokens, d, v, torch.bfloat16, "cuda", train_weight=True, full_vocab_tiles=True, in_place=True
+    )
     assert schedule.backward_chunk == tokens
     assert schedule.scratch_bytes <= 384 * MIB
     hidden, weight, tile = 2 * tokens * d, 2 * v * d, 2 * tokens * v
@@ -306,7 +316,7 @@ def test_the_backward_moves_little_more_than_it_must(model: str, tokens: int) ->
 
 
 def test_many_tokens_are_cut_where_they_must_be() -> None:
-    schedule = Plan().schedule(100_000, 4096, 128256, torch.bfloat16, "cuda", train_weight=True, full_rows=True)
+    schedule = Plan().schedule(100_000, 4096, 128256, torch.bfloat16, "cuda", train_weight=True, full_vocab_tiles=True)
     assert 4096 <= schedule.backward_chunk < 100_000
     assert schedule.backward_chunk % 256 == 0
     assert schedule.scratch_bytes <= 384 * MIB
@@ -316,10 +326,10 @@ def test_a_weight_of_another_dtype_is_copied() -> None:
     def schedule(**options: bool) -> Schedule:
         return Plan().schedule(1000, 64, 5000, torch.bfloat16, "cuda", train_weight=True, **options)
 
-    assert schedule(full_rows=True).weight_copy_bytes == 0
-    assert schedule(full_rows=True, cast=True).weight_copy_bytes == 2 * 5000 * 64
+    assert schedule(full_vocab_tiles=True).weight_copy_bytes == 0
+    assert schedule(full_vocab_tiles=True, cast=True).weight_copy_bytes == 2 * 5000 * 64
     assert schedule(cast=True).weight_copy_bytes == 0  # The torch path casts blocks, within its scratch.
-    assert "a copy of the weight 0.6 MiB" in str(schedule(full_rows=True, cast=True))
+    assert "a copy of the weight 0.6 MiB" in str(schedule(full_vocab_tiles=True, cast=True))
 
 
 @settings(deadline=None, max_examples=50)

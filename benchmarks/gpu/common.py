@@ -158,9 +158,9 @@ def make(
 
 
 class Truth(NamedTuple):
-    """In float64, of the picked tokens: gap, L [P], u [P, D], g = (onehot - q) f' [P, V], hidden [P, D]."""
+    """In float64, of the picked tokens: log-odds, L [P], u [P, D], g = (onehot - q) f' [P, V], hidden [P, D]."""
 
-    gap: Tensor
+    log_odds: Tensor
     lse: Tensor
     u: Tensor
     g: Tensor
@@ -186,7 +186,7 @@ def truth(tokens: Tokens, head: Head, pick: Tensor) -> Truth:
     u = torch.zeros_like(hidden)
     for g_part, w_part in zip(g.split(_WIDENED, 1), parts, strict=True):
         u += g_part @ w_part.double()
-    return Truth(lse - x.gather(1, y)[:, 0], lse, u, g, hidden)
+    return Truth(x.gather(1, y)[:, 0] - lse, lse, u, g, hidden)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -31,7 +31,7 @@ def right_logps(inputs: Inputs, pick: torch.Tensor) -> torch.Tensor:
     """In float64, of the picked positions."""
     hidden, targets = inputs.hidden.detach().flatten(0, 1), inputs.scored_targets.flatten()
     head = Head(inputs.weight.detach(), None, 1.0, inputs.softcap, inputs.weight.dtype)
-    return -torch.nn.functional.softplus(truth(Tokens(hidden, None, targets), head, pick).gap, threshold=40.0)
+    return torch.nn.functional.logsigmoid(truth(Tokens(hidden, None, targets), head, pick).log_odds)
 
 
 def measure(peer: Peer, mode: str, right: torch.Tensor, pick: torch.Tensor) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def small_cases() -> Iterator[tuple[tuple[int, int, int], str, torch.dtype, Tile
 
 
 def schedule(sizes: tuple[int, int, int], dtype: torch.dtype, **options: Any) -> Schedule:
-    return Plan().schedule(*sizes, dtype, DEVICE, train_weight=True, full_rows=True, **options)
+    return Plan().schedule(*sizes, dtype, DEVICE, train_weight=True, full_vocab_tiles=True, **options)
 
 
 def errors(
@@ -100,13 +100,13 @@ def errors(
     want, u = truth(tokens, head, pick), out.u
     assert u is not None
     found = {
-        "gap": float((out.gap[pick] - want.gap).abs().max()),
-        "gap of sums": float((alone.gap[pick] - want.gap).abs().max()),
+        "log_odds": float((out.log_odds[pick] - want.log_odds).abs().max()),
+        "log_odds of sums": float((alone.log_odds[pick] - want.log_odds).abs().max()),
         "u": relative(u[pick], want.u),
     }
     if pick.numel() == n:
-        c_s = torch.rand(n, device=DEVICE) * torch.sigmoid(want.gap).float()
-        d_weight, d_bias = triton_path.weight_gradient(
+        c_s = torch.rand(n, device=DEVICE) * torch.sigmoid(-want.log_odds).float()
+        d_weight, d_bias, _ = triton_path.weight_gradient(
             tokens, head, c_s, out.lse, out.kept, plan, True, head.bias is not None, config=config
         )
         g = c_s.double()[:, None] * want.g
@@ -117,7 +117,7 @@ def errors(
     # fp32 roundings of a logit; tensor cores may cut each partial sum of 16 products.
     near = max(1.0, float(want.lse.abs().max())) * (3e-6 + d / 16 * 2.0**-24)
     bf16 = head.compute_dtype == BF16
-    limits = {"gap": near, "gap of sums": near, "u": 6e-3 if bf16 else 3e-5}
+    limits = {"log_odds": near, "log_odds of sums": near, "u": 6e-3 if bf16 else 3e-5}
     limits |= dict.fromkeys(("weight", "bias"), 0.008 if bf16 else 3e-05)
     return found, {name: x for name, x in found.items() if not x <= limits[name]}
 
@@ -174,7 +174,7 @@ def small() -> dict[str, Any]:
         if bad:
             wrong[name] = bad
             print("   WRONG", name, bad, flush=True)
-    worst = {key: max(e[key] for e in found.values() if key in e) for key in ("gap", "u", "weight", "bias")}
+    worst = {key: max(e[key] for e in found.values() if key in e) for key in ("log_odds", "u", "weight", "bias")}
     print(f"   {len(found)} cases, {len(wrong)} wrong, worst {worst}", flush=True)
     if wrong:
         raise ArithmeticError(f"{len(wrong)} cases: {list(wrong)[:5]}")
@@ -312,7 +312,7 @@ def whole(sizes: tuple[int, int, int] = HEADLINE) -> dict[str, Any]:
         step, forget = step_of(sizes, trains_hidden, trains_weight, plan)
         ms, queued = milliseconds(step), milliseconds(step, queued=True)
         schedule = plan.schedule(
-            n, d, v, BF16, DEVICE, train_hidden=trains_hidden, train_weight=trains_weight, full_rows=True
+            n, d, v, BF16, DEVICE, train_hidden=trains_hidden, train_weight=trains_weight, full_vocab_tiles=True
         )
         units = schedule.units_forward + schedule.units_backward
         results = 2 * d * (n * trains_hidden + v * trains_weight)

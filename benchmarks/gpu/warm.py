@@ -49,7 +49,7 @@ def run(job: Job) -> str | None:
         triton_path.forward(tokens, head, schedule, False, config=job.config)
         out = triton_path.forward(tokens, head, schedule, True, config=job.config)
         triton_path.weight_gradient(
-            tokens, head, torch.ones_like(out.gap), out.lse, out.kept, schedule, True, head.bias is not None,
+            tokens, head, torch.ones_like(out.log_odds), out.lse, out.kept, schedule, True, head.bias is not None,
             config=job.config,
         )  # fmt: skip
         torch.cuda.synchronize()

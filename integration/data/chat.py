@@ -31,14 +31,20 @@ def parsed(value: Any, column: str) -> Any:
 
 
 def plain_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without nulls, a content of text parts joined to a string, its tool calls' arguments parsed.
+    """A message without nulls, a content of text parts joined to a string, its tool calls and their arguments parsed.
 
-    Raises ValueError for a content part that is no text.
+    Raises ValueError for a content part that is no text, and for tool calls that are no list.
     """
     plain = without_nulls(turn)
     if isinstance(plain.get("content"), list):
         plain["content"] = "".join(_text(part) for part in plain["content"])
-    for call in plain.get("tool_calls") or ():
+    calls = parsed(plain.pop("tool_calls", None), "tool_calls")
+    if calls is None:
+        return plain
+    if not isinstance(calls, list):
+        raise ValueError(f"'tool_calls' is {type(calls).__name__}: use a list of calls, or its JSON")
+    plain["tool_calls"] = calls
+    for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else {}
         arguments = function.get("arguments")
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):

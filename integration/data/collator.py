@@ -13,13 +13,14 @@ hidden state at t predicts, if that token is to be scored, and -100 otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from orpo_kernels.linear_logps import shift_labels
 
+from ..batches import FlatBatch, PaddedBatch, TokenizedRow
 from ..packing.layout import Name, NllOver, lay_out, sequence_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class PreferenceCollator:
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.nll_over = nll_over
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> PaddedBatch:
         """Collate.
 
         Returns:
@@ -125,7 +126,7 @@ class LayoutCollator:
         self.padding_value = _padding_id(tokenizer, padding_value)
         self.nll_over: NllOver = nll_over
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> FlatBatch:
         return lay_out(
             self.name, rows, row_length=self.row_length, nll_over=self.nll_over, padding_value=self.padding_value
         )

@@ -255,7 +255,7 @@ def _tokenize_indexed(
         raise ValueError(f"{name}, row {index}: {kind}{error}") from error
     if limits is not None:
         limits.check(row, f"{name}, row {index}")
-    return row
+    return dict(row)
 
 
 def check_rows(dataset: Any, name: str) -> None:

@@ -6,32 +6,39 @@ U+2028 and other characters that `str.splitlines` takes for ends.
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+TEXT_ENDINGS = (".json", ".jsonl", ".csv")
+ENDINGS = (*TEXT_ENDINGS, ".parquet")
+_UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .json file (an array of objects, or an object a line), a .jsonl or a .csv file, in UTF-8.
+    """The rows of a .json file (an array of objects, or an object a line), a .jsonl or a .csv file, in UTF-8, or one of
+    these with .gz, .bz2 or .xz behind its name.
 
     A .csv file's first line names the columns; every cell is a string.
 
     Raises ValueError that names the file, and the line where one is at fault.
     """
-    text = read_text(path)
-    if path.suffix == ".csv":
+    text, ending = read_text(path), ending_of(path)
+    if ending == ".csv":
         return _csv_rows(path, text)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if ending == ".json" and text.lstrip().startswith("["):
         return _objects(path, _parsed(path, text), "entry")
-    if path.suffix == ".jsonl" and text.lstrip().startswith("["):
+    if ending == ".jsonl" and text.lstrip().startswith("["):
         raise ValueError(f"{path} holds a JSON array, and a .jsonl file one object a line: name it .json")
-    if path.suffix == ".json":
+    if ending == ".json":
         whole = _whole_object(text)
         if whole is not None and not {"chosen", "rejected"} <= whole.keys():
             raise ValueError(
@@ -44,9 +51,26 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     return [_objects(path, [_parsed(path, line, number)], f"line {number}:")[0] for number, line in lines]
 
 
+def read_splits(files: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, Any]]] | None:
+    """The rows of each split's files, as `read_pairs` reads them; None where one is no such file on this machine."""
+    paths = {split: [Path(file) for file in listed] for split, listed in files.items()}
+    if not all(path.is_file() and ending_of(path) in TEXT_ENDINGS for listed in paths.values() for path in listed):
+        return None
+    return {split: [row for path in listed for row in read_pairs(path)] for split, listed in paths.items()}
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a file's name, that of its packing aside."""
+    return Path(path.stem).suffix if path.suffix in _UNPACKED else path.suffix
+
+
 def read_text(path: Path) -> str:
-    """A file's text; a byte order mark of UTF-8 is left out. Raises ValueError for another encoding."""
-    raw = path.read_bytes()
+    """A file's text, unpacked; a byte order mark of UTF-8 is left out. Raises ValueError for another encoding."""
+    try:
+        with _UNPACKED.get(path.suffix, open)(path, "rb") as file:
+            raw: bytes = file.read()
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from None
     if raw.startswith(_UTF16) or b"\0" in raw[:1000]:
         raise ValueError(f"{path} looks like UTF-16: save it as UTF-8")
     try:

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ..batches import TokenizedRow
 from .chat import template_options
 from .formats import ACCEPTED_SHAPES, SIDES, Turn, normalize_example, refuse_images, shared_length
 
@@ -44,7 +45,7 @@ REQUIRED_COLUMNS = TOKENIZED_COLUMNS[:4]
 
 def tokenize_pair(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = 1024
-) -> dict[str, Any]:
+) -> TokenizedRow:
     """Tokenise one preference row and truncate both sides to `max_length` tokens.
 
     Strings: the special tokens that this tokenizer puts first (BOS, if it adds one) go before the prompt
@@ -85,7 +86,7 @@ def tokenize_pair(
             row[f"{side}_input_ids"] = ids
             row[f"{side}_prompt_length"] = prompt_length
         row |= {"prompt_cut": 0, "chosen_cut": 0, "rejected_cut": 0}
-    return truncate_pair(row, max_length, tokenizer.bos_token_id)
+    return cast(TokenizedRow, truncate_pair(row, max_length, tokenizer.bos_token_id))
 
 
 def _tokenize_text(

@@ -1,15 +1,15 @@
 """One call of a model's head, answered with log-probabilities.
 
     head, requested:   logps = linear_logps(hidden, weight, targets)      kept in the request
-                       logps, anchor = fork(logps)                        anchor [..., 7]: known numbers
-                       return anchor                                      in the place of the logits
+                       logps, placeholders = fork(logps)                  placeholders [..., 7]: known numbers
+                       return placeholders                                in the place of the logits
     after the model:   logps = join(logps, outputs.logits)                sends zeros back through the logits
 
 Fork and join make one path of the two. Hooks on module outputs (FSDP, ZeRO, DDP) fire in the backward only if
 a gradient arrives at the model's output; fork's backward needs both gradients, so it, and with it the head's,
 cannot run before those hooks. The values of `logits` carry no numbers of ours: soft-caps and output casts would
-change them. They carry seven known ones (`logit_transform.PROBES`). Seven columns rather than one, because one would
-broadcast against a bias or an adapter's output without an error.
+change them. They carry seven known ones (`logit_transform.PLACEHOLDERS`). Seven columns rather than one, because one
+would broadcast against a bias or an adapter's output without an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens
 
-from .logit_transform import PROBES, Transform, anchor_values
+from .logit_transform import PLACEHOLDERS, Transform, placeholder_values
 from .lora import LowRank, Step, join_adapters, low_rank_steps
 from .patch import is_tensor_parallel, plain_forward
 
@@ -37,7 +37,7 @@ class Request:
 
     targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
-    mean_logits_over: see `ModelLogps.logps`. probe: return the probes and score nothing; answered: it has.
+    mean_logits_over: see `ModelLogps.logps`. only_placeholders: score nothing; answered: it has returned them.
     steps: the layers of an adapted head, from the last to the one being called. adapters: what each has added.
     """
 
@@ -49,7 +49,7 @@ class Request:
     transform: Transform
     plan: Plan | None
     mean_logits_over: Tensor | Sequence[Tensor] | None
-    probe: bool = False
+    only_placeholders: bool = False
     calls: int = 0
     answered: bool = False
     logps: Tensor | None = None
@@ -58,14 +58,14 @@ class Request:
     adapters: list[LowRank] = field(default_factory=list, init=False)
 
     def serve(self, layer: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The anchor [..., 7] in the place of layer(input): the head, a LoRA layer around it, or one of its B."""
+        """The placeholders [..., 7] in the place of layer(input): the head, a LoRA layer around it, or one of its B."""
         if not isinstance(layer, nn.Linear):
             self.steps = low_rank_steps(layer, input)
             if not self.steps:
                 return plain_forward(layer, input, *args, **kwargs)
         elif len(self.steps) > 1:
             scale = self.steps.pop().scale
-            self.adapters.append(LowRank(whole(input), whole(layer.weight), whole(layer.bias), scale))
+            self.adapters.append(LowRank(gathered(input), gathered(layer.weight), gathered(layer.bias), scale))
         else:
             return self._answer(layer, input)
         step = self.steps[-1]
@@ -82,20 +82,20 @@ class Request:
         if self.rows is None:
             check_shape(hidden.shape[:-1], self.targets.shape)
         elif not torch.compiler.is_compiling():
-            # In a graph the numbers in hidden_shape would be constants; there, the anchor's shape tells later.
+            # In a graph the numbers in hidden_shape would be constants; there, the placeholders' shape tells later.
             check_shape(hidden.shape[:-1], self.hidden_shape)
-        if self.probe:
+        if self.only_placeholders:
             # fp64 where there is one: a scale or a cap then comes out as exactly as the model's arithmetic allows.
             wide = torch.float64 if hidden.device.type in ("cpu", "cuda") else torch.float32
             self.answered = True
-            return _like_input(_anchor(hidden, wide), input)
+            return _like_input(_placeholders(hidden, wide), input)
         scale, softcap = self.transform
         joined, bias, adapter = join_adapters(hidden, bias, self.adapters)
         logps = self._score(joined, weight, bias, adapter)
         if self.mean_logits_over is not None and softcap is None:
             self.mean_logits = _mean_logits(joined, weight, bias, adapter, scale, self.mean_logits_over)
-        self.logps, anchor = _Fork.apply(logps, _anchor(hidden, logps.dtype))
-        return _like_input(anchor, input)
+        self.logps, placeholders = _Fork.apply(logps, _placeholders(hidden, logps.dtype))
+        return _like_input(placeholders, input)
 
     def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> Tensor:
         scale, softcap = self.transform
@@ -139,7 +139,7 @@ def run(model: nn.Module, request: Request, inputs: dict[str, Any]) -> Any:
         if request.answered and request.calls == 1:
             raise RuntimeError(
                 f"the forward of {type(model).__name__} does something to its logits after the head that needs a "
-                f"column for each entry of the vocabulary; it found {len(PROBES)} placeholders and said: {error}"
+                f"column for each entry of the vocabulary; it found {len(PLACEHOLDERS)} placeholders and said: {error}"
             ) from error
         raise
     finally:
@@ -172,14 +172,14 @@ def check_shape(seen: torch.Size, expected: torch.Size) -> None:
 
 
 class _Fork(torch.autograd.Function):
-    """(logps, anchor) -> the same; the gradient of logps waits for the anchor's, which is dropped."""
+    """(logps, placeholders) -> the same; the gradient of logps waits for the placeholders', which is dropped."""
 
     @staticmethod
-    def forward(ctx: Any, logps: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        return logps.clone(), anchor.clone()
+    def forward(ctx: Any, logps: Tensor, placeholders: Tensor) -> tuple[Tensor, Tensor]:
+        return logps.clone(), placeholders.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, grad_anchor: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_logps: Tensor, grad_placeholders: Tensor) -> tuple[Tensor, None]:
         return grad_logps, None
 
 
@@ -196,8 +196,8 @@ class _Join(torch.autograd.Function):
         return grad.to(ctx.device), torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _anchor(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return anchor_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
+def _placeholders(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return placeholder_values(hidden, dtype).repeat(*hidden.shape[:-1], 1)
 
 
 def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -215,7 +215,7 @@ def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor 
                 "could not multiply them either: call the FSDP model rather than the one inside it, or shard the "
                 "head with a parallel style that turns its input into a DTensor (ColwiseParallel)"
             )
-        input, weight, bias = whole(input), whole(weight), whole(bias)
+        input, weight, bias = gathered(input), gathered(weight), gathered(bias)
     # PEFT makes the copy of a tied head from the embeddings' description: its two sizes are exchanged.
     sizes = {(head.out_features, head.in_features), (head.in_features, head.out_features)}
     if weight.shape not in sizes or weight.shape[-1] != input.shape[-1]:
@@ -227,7 +227,7 @@ def _plain_tensors(head: nn.Linear, input: Any) -> tuple[Tensor, Tensor, Tensor 
     return input, weight, bias
 
 
-def whole(tensor: Any) -> Any:
+def gathered(tensor: Any) -> Any:
     """The whole of a DTensor, whose gradient is the same on every rank; anything else as it is."""
     if not _is_dtensor(tensor):
         return tensor
@@ -236,14 +236,14 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def _like_input(anchor: Tensor, input: Any) -> Tensor:
+def _like_input(placeholders: Tensor, input: Any) -> Tensor:
     """A DTensor where the head was given one, since what follows such a head expects one."""
     if not _is_dtensor(input):
-        return anchor
+        return placeholders
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = input.device_mesh
-    return DTensor.from_local(anchor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(placeholders, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _is_dtensor(tensor: Any) -> bool:

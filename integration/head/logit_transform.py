@@ -1,14 +1,14 @@
 """What a model does to its logits after the head, found out by sending seven known numbers through it.
 
 Models scale their logits (Cohere, Granite, Falcon-H1), soft-cap them (Gemma 2), or leave them alone. A list of
-model names would always be out of date; the head returns `PROBES` in place of logits, and what comes out at
+model names would always be out of date; the head returns `PLACEHOLDERS` in place of logits, and what comes out at
 the model's end tells which it was:
 
     identity      y = x
     scale         y = s x
     soft-cap      y = c tanh(s x / c)
 
-Anything else is an error that shows the numbers. The probes are small integers, exact in every dtype, and reach
+Anything else is an error that shows the numbers. The placeholders are small integers, exact in every dtype, and reach
 far enough that a cap of ordinary size saturates at the largest.
 """
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PROBES = (-300.0, -20.0, -1.0, 0.0, 1.0, 20.0, 300.0)
+PLACEHOLDERS = (-300.0, -20.0, -1.0, 0.0, 1.0, 20.0, 300.0)
 
 
 class Transform(NamedTuple):
@@ -36,18 +36,18 @@ class Transform(NamedTuple):
         return self.softcap * torch.tanh(x * (self.logit_scale / self.softcap))
 
 
-def anchor_values(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """PROBES on the device of `like`: [7]."""
-    return torch.tensor(PROBES, dtype=dtype, device=like.device)
+def placeholder_values(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """PLACEHOLDERS on the device of `like`: [7]."""
+    return torch.tensor(PLACEHOLDERS, dtype=dtype, device=like.device)
 
 
 def infer_transform(seen: Sequence[float], dtype: torch.dtype) -> Transform:
-    """The transform that turns PROBES into `seen` (7 numbers, read in `dtype`).
+    """The transform that turns PLACEHOLDERS into `seen` (7 numbers, read in `dtype`).
 
     Raises ValueError that shows both where none of the three does, or where a transform was rounded to 16 bits
     and so cannot be told exactly.
     """
-    x = torch.tensor(PROBES, dtype=torch.float64)
+    x = torch.tensor(PLACEHOLDERS, dtype=torch.float64)
     y = torch.tensor(list(seen), dtype=torch.float64)
     # A few operations in the output's dtype; 16-bit outputs are only trusted to say "identity".
     tolerance = 16 * torch.finfo(dtype).eps
@@ -56,7 +56,7 @@ def infer_transform(seen: Sequence[float], dtype: torch.dtype) -> Transform:
     if dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"the model changes its logits after the head and returns them in {dtype}, too coarse to tell how: "
-            f"{PROBES} became {list(seen)}. Load the model so that its logits are fp32"
+            f"{PLACEHOLDERS} became {list(seen)}. Load the model so that its logits are fp32"
         )
     scale = float(y[-1] / x[-1])
     if scale and _agree(y, x * scale, tolerance):
@@ -65,7 +65,7 @@ def infer_transform(seen: Sequence[float], dtype: torch.dtype) -> Transform:
     if found is not None and _agree(y, found(x), tolerance):
         return found
     raise ValueError(
-        f"the model changes its logits after the head in a way that is neither a scale nor a soft-cap: {PROBES} "
+        f"the model changes its logits after the head in a way that is neither a scale nor a soft-cap: {PLACEHOLDERS} "
         f"became {list(seen)}. This model's loss cannot be computed without its logits"
     )
 

@@ -1,9 +1,9 @@
 """Attention over packed rows, for any model that reaches its attention through transformers' `AttentionInterface`.
 
-`use(model)` puts this function in the place of the model's attention. A call that brings `segments` (a keyword
-argument of the model's forward, which hands it on) attends within segments; any other call does what the model did
-before, generation included, so the exchange can stay. The layout travels with the call, not with the model: a
-checkpointed layer that is computed again in the backward finds it in its own arguments.
+`use_packed_attention(model)` puts this function in the place of the model's attention. A call that brings `segments`
+(a keyword argument of the model's forward, which hands it on) attends within segments; any other call does what
+the model did before, generation included, so the exchange can stay. The layout travels with the call, not with the
+model: a checkpointed layer that is computed again in the backward finds it in its own arguments.
 
 Models build a mask before their first layer. `MASK`, an empty 4-D tensor, stands in for one: a mask of four
 dimensions is taken to be finished and handed down as it is, so no [T, T] mask is ever made, and an attention that
@@ -48,7 +48,7 @@ def stand_in_mask(device: torch.device | str | None = None) -> Tensor:
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
 
 
-def use(model: nn.Module) -> str:
+def use_packed_attention(model: nn.Module) -> str:
     """Let `model`, under whatever wraps it, attend through this function; returns what `restore` needs.
 
     Raises UnsupportedLayout where its attention does not go through transformers' interface.
@@ -65,7 +65,7 @@ def use(model: nn.Module) -> str:
     return before
 
 
-def restore(model: nn.Module, before: str) -> None:
+def restore_attention(model: nn.Module, before: str) -> None:
     """Let `model` attend as `use` found it."""
     inner = transformers_model(model)
     if inner.config._attn_implementation != before:

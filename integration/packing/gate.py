@@ -12,14 +12,15 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import FlatBatch
 from ..head.lora import virtual_tokens
 from ..lm_head import ModelLogps
-from .attention import UnsupportedLayout, restore, stand_in_mask, transformers_model, use
+from .attention import UnsupportedLayout, restore_attention, stand_in_mask, transformers_model, use_packed_attention
 from .layout import Layout, Name
 
 logger = logging.getLogger("orpo_kernels")
@@ -31,11 +32,11 @@ _TRIAL_PAIRS = 2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(batch: FlatBatch) -> dict[str, Any]:
     """What the model is called with for a batch of a layout, beside `use_cache=False`."""
     layout: Layout = batch["layout"]
     if layout.segments is None:
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -60,7 +61,7 @@ class LayoutGate:
         self.name: Name | None = None
         self.reasons: list[str] = []
 
-    def admit(self, batch: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    def admit(self, batch: FlatBatch, model: nn.Module | None = None) -> FlatBatch:
         """The batch, in a layout that the model can have; the first one decides.
 
         batch: as `layout.pack_pairs` makes it. model: the wrapped model to call, as for `ModelLogps.logps`.
@@ -72,9 +73,9 @@ class LayoutGate:
             self.name = self._decide(batch, model)
         if ORDER.index(layout.name) >= ORDER.index(self.name):
             return batch
-        return moved(layout.again(self.name), batch["input_ids"].device)
+        return moved(layout.laid_out_as(self.name), batch["input_ids"].device)
 
-    def _decide(self, batch: dict[str, Any], model: nn.Module | None) -> Name:
+    def _decide(self, batch: FlatBatch, model: nn.Module | None) -> Name:
         wanted: Name = batch["layout"].name
         if wanted == "padded":
             return "padded"
@@ -85,7 +86,7 @@ class LayoutGate:
         for name in ORDER[ORDER.index(wanted) : -1]:
             reason = self._trial(batch, name, model)
             if self.everywhere(reason is None):
-                use(self.logps.model)
+                use_packed_attention(self.logps.model)
                 return self._fall_back(wanted, name)
             self.reasons.append(f"{name}: {reason or 'refused by another process'}")
         return self._fall_back(wanted, "padded")
@@ -97,21 +98,22 @@ class LayoutGate:
             logger.log(level, "batches are %s, not %s: the model does not allow it (%s)", name, wanted, reasons)
         return name
 
-    def _trial(self, batch: dict[str, Any], name: Name, model: nn.Module | None) -> str | None:
+    def _trial(self, batch: FlatBatch, name: Name, model: nn.Module | None) -> str | None:
         """Why the model cannot have this layout, or None. It attends as before afterwards."""
         device = batch["input_ids"].device
         layout: Layout = batch["layout"]
         # The longest pairs: they are likeliest to be longer than a window.
         pairs = sorted(layout.pairs, key=lambda row: -max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])))
         few = replace(layout, pairs=tuple(pairs[:_TRIAL_PAIRS]))
-        right = moved(few.again("padded"), device)
-        laid = moved(few.again(name), device)
+        right = moved(few.laid_out_as("padded"), device)
+        laid = moved(few.laid_out_as(name), device)
         calls: list[tuple[int | None, int | None]] = []
+        assert laid["layout"].segments is not None
         laid["layout"] = replace(laid["layout"], segments=replace(laid["layout"].segments, calls=calls))
         inner = transformers_model(self.logps.model)
         before = inner.config._attn_implementation
         try:
-            use(self.logps.model)
+            use_packed_attention(self.logps.model)
             found = self._logps_of(laid, model)
         except torch.OutOfMemoryError:
             raise
@@ -121,11 +123,11 @@ class LayoutGate:
             # A model that was not written for such rows may stumble over them anywhere.
             return f"{type(error).__name__}: {error}"
         finally:
-            restore(self.logps.model, before)
+            restore_attention(self.logps.model, before)
         expected = self._logps_of(right, model)
         return _wrong_calls(calls, inner.config.get_text_config(decoder=True)) or _disagreement(found, expected, inner)
 
-    def _logps_of(self, batch: dict[str, Any], model: nn.Module | None) -> Tensor:
+    def _logps_of(self, batch: FlatBatch, model: nn.Module | None) -> Tensor:
         with torch.no_grad():
             logps, _ = self.logps.logps(
                 batch["targets"], rows=batch["rows"], model=model, use_cache=False, **model_inputs(batch)
@@ -196,6 +198,7 @@ def _disagreement(found: Tensor, expected: Tensor, inner: Any) -> str | None:
     return f"log-probabilities differ from padded rows by {error:.2g} nats a token"
 
 
-def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def moved(batch: FlatBatch, device: torch.device) -> FlatBatch:
     """The batch with its tensors on `device`."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return cast(FlatBatch, tensors)

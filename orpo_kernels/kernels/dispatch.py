@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from orpo_kernels.kernels import torch_path
-from orpo_kernels.kernels.interface import Head
+from orpo_kernels.kernels.interface import Backend, Head
 from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
 def choose(
     plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool, in_place: bool = False
-) -> tuple[ModuleType, Schedule]:
-    """The backend's module and the loop sizes. in_place: as for `Plan.schedule`."""
+) -> tuple[Backend, Schedule]:
+    """The backend and the loop sizes. in_place: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
-    def schedule(full_rows: bool) -> Schedule:
+    def schedule(full_vocab_tiles: bool) -> Schedule:
         return plan.schedule(
             tokens,
             head.inner_size,
@@ -31,23 +31,35 @@ def choose(
             train_hidden=train_hidden,
             train_weight=train_weight,
             softcap=head.softcap is not None,
-            full_rows=full_rows,
-            joined=head.adapter is not None,
+            full_vocab_tiles=full_vocab_tiles,
+            has_adapter=head.adapter is not None,
             cast=head.weight.dtype != head.compute_dtype,
             in_place=in_place,
         )
 
-    if why_not_triton(head) is None:
-        from orpo_kernels.kernels import triton_path
+    chosen = fitting(schedule, kernels=why_not_triton(head) is None)
+    if chosen.path == "torch":
+        return torch_path, chosen
+    from orpo_kernels.kernels import triton_path
 
+    return triton_path, chosen
+
+
+def fitting(schedule: Callable[[bool], Schedule], *, kernels: bool) -> Schedule:
+    """The loop sizes of the kernels where they serve and fit the budget, else of the torch path.
+
+    schedule: `Plan.schedule` of its `full_vocab_tiles`. The torch path cuts the vocabulary too, where a budget does not
+    hold a row of it.
+    """
+    if kernels:
         try:
-            return triton_path, schedule(full_rows=True)
+            return schedule(True)
         except ScratchTooSmall:
-            pass  # A row of the vocabulary does not fit the budget; the torch path also cuts the vocabulary.
-    return torch_path, schedule(full_rows=False)
+            pass
+    return schedule(False)
 
 
-def forward_head(backend: ModuleType, head: Head) -> Head:
+def forward_head(backend: Backend, head: Head) -> Head:
     """The head as the backend's forward takes it: the kernels read the whole weight in the compute dtype.
 
     Not for the gradient of the weight, which would be rounded to that dtype: there, blocks are cast.

@@ -1,26 +1,30 @@
 """What both backends take and return.
 
-A backend is a module with two functions:
+A backend is a module with the two functions of `Backend`. Both speak of *competitors*, the vocabulary entries other
+than the target: with `z = f(W h + b)`,
 
-    forward(tokens, head, schedule, want_u) -> Forward
-    weight_gradient(tokens, head, coefficient, lse, kept, schedule, want_weight, want_bias) -> (dW, db)
+    L         = logsumexp over v != y of z_v
+    log_odds  = z_y - L = log p(y) / (1 - p(y))
+    logp      = logsigmoid(log_odds),  s = sigmoid(-log_odds) = 1 - p(y)
+    q         = softmax over v != y      (0 at y)
+    u         = ((onehot(y) - q) * f') W
 
-The torch path also takes a head with an adapter, and gives that one's gradient beside the others.
+and `dlogp/dh = s u`: over all entries the softmax is `p = (1 - s) onehot(y) + s q`, so
 
-Both speak of *competitors*, the vocabulary entries other than the target: with `z = f(W h + b)`,
+    dlogp/dz = onehot(y) - p = onehot(y) - (1 - s) onehot(y) - s q = s (onehot(y) - q)
 
-    L    = logsumexp over v != y of z_v
-    gap  = L - z_y                  logp = -softplus(gap),  s = sigmoid(gap) = 1 - p(y)
-    q    = softmax over v != y      (0 at y)
-    u    = ((onehot(y) - q) * f') W          dlogp/dh = s * u
+and `dz/dh = f' W`. So the gradient of a sure token is small times a number of order one, never a difference of two
+numbers near one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from orpo_kernels.plan import Schedule
 
 
 class Tokens(NamedTuple):
@@ -62,7 +66,7 @@ class Head(NamedTuple):
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
 
-class Kept(NamedTuple):
+class KeptLogitGrads(NamedTuple):
     """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
 
     values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0, cut into parts [K, P] of whole
@@ -76,13 +80,13 @@ class Kept(NamedTuple):
     reference: Tensor
     columns: int
 
-    def at(self, tokens: slice, columns: slice) -> Tensor:
+    def tile(self, tokens: slice, columns: slice) -> Tensor:
         """The values of some tokens and of entries that lie in one part."""
         width = self.values[0].shape[1]
         part, start = divmod(columns.start, width)
         return self.values[part][tokens, start : start + columns.stop - columns.start]
 
-    def let_go(self, columns: slice) -> None:
+    def release(self, columns: slice) -> None:
         """Drops the part that ends with these entries: they were the last to be read."""
         width = self.values[0].shape[1]
         if columns.stop % width == 0 and len(self.values) > 1:
@@ -90,10 +94,43 @@ class Kept(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """gap, lse: [N] accumulation dtype (`gap` and `L` above); u: [N, D] compute dtype (accumulation dtype on a CPU), or
+    """log_odds, lse (`L` above): [N] accumulation dtype. u: [N, D] compute dtype (on a CPU the accumulation dtype), or
     None."""
 
-    gap: Tensor
+    log_odds: Tensor
     lse: Tensor
     u: Tensor | None
-    kept: Kept | None
+    kept: KeptLogitGrads | None
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of weight [V, D], bias [V] and adapter [V, r], in their own dtypes; None where not wanted."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    adapter: Tensor | None = None
+
+
+class Backend(Protocol):
+    """What a backend's module holds."""
+
+    def forward(self, tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
+        """The terms of every token's log-probability, and u where it is wanted."""
+
+    def weight_gradient(
+        self,
+        tokens: Tokens,
+        head: Head,
+        coefficient: Tensor,
+        lse: Tensor,
+        kept: KeptLogitGrads | None,
+        schedule: Schedule,
+        want_weight: bool,
+        want_bias: bool,
+        want_adapter: bool = False,
+    ) -> HeadGradients:
+        """The head's gradients.
+
+        coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
+        times 1 - p(target). kept: its values are let go as they are used, so that their memory can serve the gradient.
+        """

@@ -1,7 +1,7 @@
 """The kernels that work on a row at a time, before and after the tiles.
 
     target_kernel    t_y = z_y log2 e with z_y = f(h . W[y] + b[y]), in fp32, its slope, and the first `base`
-    sum_kernel       S, and from it  gap = (base - t_y + log2 S) log 2  and  L = z_y + gap
+    sum_kernel       S, and from it  log_odds = (t_y - base - log2 S) log 2  and  L = z_y - log_odds
     maximum_kernel   `base` of the rows that the slow lane takes
     u_kernel         u = f'_y W[y] - (E W) / S, rounded once
 
@@ -78,7 +78,7 @@ def target_kernel(
 
 @triton.jit(
     do_not_specialize=["C", "V", "n_v"],
-    do_not_specialize_on_alignment=["p_base", "p_t_y", "p_low", "p_gap", "p_lse"],
+    do_not_specialize_on_alignment=["p_base", "p_t_y", "p_low", "p_log_odds", "p_lse"],
 )
 def sum_kernel(
     p_partial,  # [n_v, C] fp32
@@ -86,7 +86,7 @@ def sum_kernel(
     p_t_y,
     p_low,
     p_sum,
-    p_gap,
+    p_log_odds,
     p_lse,
     C,
     V,
@@ -111,8 +111,8 @@ def sum_kernel(
     low = tl.load(p_low + o_c, mask=m_c, other=0.0)
     tl.store(p_sum + o_c, S, mask=m_c)
     # A target's logit of +inf is an overflow, not certainty.
-    gap = tl.where(t_y == float("inf"), float("nan"), (base - t_y) * LOG_2 + (tl.log(S) - low * LOG_2))
-    tl.store(p_gap + o_c, gap, mask=m_c)
+    log_odds = tl.where(t_y == float("inf"), float("nan"), (t_y - base) * LOG_2 - (tl.log(S) - low * LOG_2))
+    tl.store(p_log_odds + o_c, log_odds, mask=m_c)
     # From `base`, as t_y may be -inf.
     tl.store(p_lse + o_c, base * LOG_2 + tl.log(S), mask=m_c)
 

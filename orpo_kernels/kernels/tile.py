@@ -9,8 +9,8 @@ which a row dot made before, and `base = z_y`, both in units of log 2 (`t = z lo
     GRADIENT      c s (onehot(y) - q) f'  with  q = 2^(t - L log2 e), rounded once; for the bias, its column sums
 
 Row sums go to one slot a tile, [ceil(V / BV), C], and another kernel adds them up in order: no atomics, so
-the same inputs give the same bits. From `S`, their sum, `gap = log S` and `L = z_y + gap`: the target's own term
-never enters the sum, so a sure token's gap is as exact as its competitors.
+the same inputs give the same bits. From `S`, their sum, `log_odds = -log S` and `L = z_y + log S`: the target's own
+term never enters the sum, so a sure token's log-odds are as exact as its competitors.
 
 **Few instructions a logit.** A multiply-add makes `x logit_scale log2 e - base`, the exponential unit takes its power
 of two, and for the gradient one more multiplication brings the coefficient. Only tiles that hold a target of theirs, or
@@ -19,7 +19,7 @@ What the multiply-add's `base` loses to rounding, up to 2e-6, `rows` puts back i
 
 **Range.** fp32 and bf16 hold 2^-126 to 2^127. Within `V 2^-110 <= S <= 2^100` nothing is lost: V numbers smaller
 than 2^-126, which may vanish, are together below 2^-16 of S, and a weight may multiply the stored values by 2^-16
-or 2^27. At V = 2^17 that is a gap from -64 (1 - p = 1e-28) to 69. Rows outside are left to `slow_lane`.
+or 2^27. At V = 2^17 those are log-odds from 64 (1 - p = 1e-28) to -69. Rows outside are left to `slow_lane`.
 
 **Slope.** Without a soft-cap f' is logit_scale everywhere and is left out of EXPONENTIALS (whoever divides by
 S multiplies by it). With one, f' varies, and multiplies the stored value but never the sum.

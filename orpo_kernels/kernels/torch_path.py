@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.kernels.interface import Forward, Head, HeadGradients, KeptLogitGrads, Tokens
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.plan import MIB, Schedule
 
@@ -40,7 +40,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
     n, d, v = tokens.targets.numel(), head.inner_size, head.weight.shape[0]
     wide, device = head.accumulation_dtype, head.weight.device
     math = _Products(head, device)
-    gap = torch.empty(n, dtype=wide, device=device)
+    log_odds = torch.empty(n, dtype=wide, device=device)
     lse = torch.empty(n, dtype=wide, device=device)
     # On a CPU u is wide: the sum grows in its place, and the gradient is rounded once.
     u_dtype = wide if device.type == "cpu" else head.compute_dtype
@@ -67,7 +67,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
         for group, columns in enumerate(chunks_of(v, block)):
             w = math.weight_rows(columns)
             # Where kept values are as wide as logits, the tile is made in their place.
-            own = kept.at(chunk, columns) if keep and kept is not None and head.compute_dtype == wide else None
+            own = kept.tile(chunk, columns) if keep and kept is not None and head.compute_dtype == wide else None
             z, slope = math.logits(h, w, columns, tile if own is None else own, want_slope=want_u or keep)
             at, inside = _target_columns(y, columns)
             z_at = z.gather(1, at)
@@ -76,29 +76,29 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             if slope is not None:
                 slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), slope_y)
 
-            moved = _follow(reference, z.amax(1))
-            e = z.sub_(_finite(moved)[:, None]).exp_()
-            decay = torch.exp(reference - _finite(moved))
+            new_reference = _follow(reference, z.amax(1))
+            e = z.sub_(_finite(new_reference)[:, None]).exp_()
+            decay = torch.exp(reference - _finite(new_reference))
             sums = sums * decay + e.sum(1)
             if slope is not None:
                 e.mul_(slope)
             if keep and kept is not None:
                 if own is None:
-                    kept.at(chunk, columns).copy_(e)
-                kept.reference[chunk, group] = _finite(moved)
+                    kept.tile(chunk, columns).copy_(e)
+                kept.reference[chunk, group] = _finite(new_reference)
             if total is not None:
                 # On a GPU asking whether anything moved would wait for the device.
-                if total.is_cuda or not torch.equal(reference, moved):
+                if total.is_cuda or not torch.equal(reference, new_reference):
                     total.mul_(decay[:, None])
                 math.add_product(total, e, w)
-            reference = moved
+            reference = new_reference
             # Python would hold these until the next block's are there.
             del w, z, e, slope
 
         # No competitor at all (V = 1): L = -inf, the target is certain, and q is 0.
         lse[chunk] = _finite(reference) + torch.log(sums)
         # A target's logit of +inf is an overflow, not certainty.
-        gap[chunk] = torch.where(z_y == torch.inf, torch.nan, lse[chunk] - z_y)
+        log_odds[chunk] = torch.where(z_y == torch.inf, torch.nan, z_y - lse[chunk])
         del h, tile
         if u is not None and total is not None:
             inverse = torch.where(sums == 0, 0.0, 1.0 / sums)
@@ -109,7 +109,7 @@ def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> For
             if u.dtype != wide:
                 u[chunk] = total
         del total
-    return Forward(gap, lse, u, kept)
+    return Forward(log_odds, lse, u, kept)
 
 
 def weight_gradient(
@@ -117,18 +117,13 @@ def weight_gradient(
     head: Head,
     coefficient: Tensor,
     lse: Tensor,
-    kept: Kept | None,
+    kept: KeptLogitGrads | None,
     schedule: Schedule,
     want_weight: bool,
     want_bias: bool,
     want_adapter: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the weight [V, D], the bias [V] and, of a head with an adapter, that [V, r], in their own dtypes.
-
-    coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
-    times 1 - p(target).
-    kept: its values are let go as they are used, so that their memory can serve the gradient.
-    """
+) -> HeadGradients:
+    """See `interface.Backend`."""
     n, v = tokens.targets.numel(), head.weight.shape[0]
     wide, device = head.accumulation_dtype, head.weight.device
     math = _Products(head, device)
@@ -189,9 +184,9 @@ def weight_gradient(
         if d_bias is not None and total_bias is not None:
             d_bias[columns] = total_bias
         if kept is not None:
-            kept.let_go(columns)
+            kept.release(columns)
         del w, total
-    return (d_weight, d_bias) if head.adapter is None else (d_weight, d_bias, d_adapter)
+    return HeadGradients(d_weight, d_bias, d_adapter)
 
 
 class _Products:
@@ -307,10 +302,10 @@ def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) 
     return torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
 
 
-def _kept_competitors(tile: Tensor, kept: Kept, chunk: slice, columns: slice, lse: Tensor) -> Tensor:
+def _kept_competitors(tile: Tensor, kept: KeptLogitGrads, chunk: slice, columns: slice, lse: Tensor) -> Tensor:
     """q f' [C, Vb] in `tile`, from what was kept. lse: [C]."""
     reference = kept.reference[chunk, columns.start // kept.columns]
-    return tile.copy_(kept.at(chunk, columns)).mul_(torch.exp(reference - _finite(lse))[:, None])
+    return tile.copy_(kept.tile(chunk, columns)).mul_(torch.exp(reference - _finite(lse))[:, None])
 
 
 def _competitors(
@@ -331,10 +326,10 @@ def _into_gradient(q: Tensor, slope_at: Tensor, c_s: Tensor, at: Tensor, inside:
     q.mul_(-c_s[:, None])
 
 
-def _empty_kept(rows: int, head: Head, block: int) -> Kept:
+def _empty_kept(rows: int, head: Head, block: int) -> KeptLogitGrads:
     v, device = head.weight.shape[0], head.weight.device
     reference = torch.empty(rows, -(-v // block), dtype=head.accumulation_dtype, device=device)
-    return Kept(_parts(rows, v, block, head.compute_dtype, device), reference, block)
+    return KeptLogitGrads(_parts(rows, v, block, head.compute_dtype, device), reference, block)
 
 
 def _parts(rows: int, v: int, block: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

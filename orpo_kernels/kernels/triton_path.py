@@ -4,7 +4,7 @@ Forward, for a chunk of tokens:
 
     target_kernel   z_y and the first base of every row, once for all chunks
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
-    sum_kernel      S, L and gap
+    sum_kernel      S, L and the log-odds
     slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
     E W             by the library, in fp32
     u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
@@ -28,11 +28,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
-from orpo_kernels.kernels.interface import Forward, Head, Kept, Tokens
+from orpo_kernels.kernels.interface import Forward, Head, HeadGradients, KeptLogitGrads, Tokens
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
 from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
+from orpo_kernels.kernels.triton_bytes import DTYPES
 from orpo_kernels.plan import Schedule
 
 # Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
@@ -47,7 +48,7 @@ def supports(head: Head, tokens_device: torch.device) -> str | None:
     """None where these kernels can serve `head` on that device; else the reason, in words."""
     if head.adapter is not None:
         return "the kernels take a plain weight, and the head has an adapter"
-    if head.compute_dtype not in (torch.bfloat16, torch.float32):
+    if head.compute_dtype not in DTYPES:
         return f"the kernels take bf16 and fp32 operands, and the compute dtype is {head.compute_dtype}"
     if INTERPRETED.value:
         where = tokens_device.type
@@ -64,7 +65,7 @@ def forward(
 ) -> Forward:
     """Log-probability terms of every token; see `interface` for the symbols and shapes.
 
-    schedule: one made with `full_rows=True`: a chunk's exponentials span the vocabulary. ValueError if not.
+    schedule: one made with `full_vocab_tiles=True`: a chunk's exponentials span the vocabulary. ValueError if not.
     config: the tile's shape; None takes the tuned one, or the device's default.
 
     """
@@ -73,18 +74,18 @@ def forward(
     if schedule.forward_block < v:
         raise ValueError(
             f"schedule.forward_block={schedule.forward_block} does not span the vocabulary of {v}: make the "
-            "schedule with full_rows=True, and Plan.scratch_bytes large enough for that"
+            "schedule with full_vocab_tiles=True, and Plan.scratch_bytes large enough for that"
         )
     what = "exponentials" if want_u else "sums"
     config = config or _default_config(head, what, min(n, schedule.forward_chunk))
     launch = _Launcher(head, config)
-    gap = torch.empty(n, dtype=torch.float32, device=device)
+    log_odds = torch.empty(n, dtype=torch.float32, device=device)
     lse = torch.empty(n, dtype=torch.float32, device=device)
     u = torch.empty(n, d, dtype=dtype, device=device) if want_u else None
     keep, kept = min(schedule.keep_rows, n), None
     if schedule.keep_rows:
         reference = torch.empty(keep, 1, dtype=torch.float32, device=device)
-        kept = Kept([_tile_buffer(keep, v, dtype, device, config)], reference, v)
+        kept = KeptLogitGrads([_tile_buffer(keep, v, dtype, device, config)], reference, v)
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
@@ -98,8 +99,8 @@ def forward(
                 tile = kept.values[0][chunk, :v]
             elif want_u:
                 tile = scratch[: y.numel(), :v]
-            slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(gap[chunk])
-            numbers = (base, target[:, chunk], total, gap[chunk], lse[chunk])
+            slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(log_odds[chunk])
+            numbers = (base, target[:, chunk], total, log_odds[chunk], lse[chunk])
             partial = launch.sums(hidden, rows, y, base, tile)
             launch.finish_sums(partial, *numbers)
             launch.slow_lane(hidden, rows, y, base, total, tile, partial)
@@ -113,7 +114,7 @@ def forward(
                 own = -total * (slope_y / launch.left_out)
                 tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
             del hidden, partial  # Before the next chunk's are made.
-    return Forward(gap, lse, u, kept)
+    return Forward(log_odds, lse, u, kept)
 
 
 def weight_gradient(
@@ -121,24 +122,22 @@ def weight_gradient(
     head: Head,
     coefficient: Tensor,
     lse: Tensor,
-    kept: Kept | None,
+    kept: KeptLogitGrads | None,
     schedule: Schedule,
     want_weight: bool,
     want_bias: bool,
+    want_adapter: bool = False,
     *,
     config: TileConfig | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the weight [V, D] and the bias [V], in their own dtypes.
-
-    coefficient: [N] fp32, `c_t s_t`: the gradient of the loss with respect to each log-probability times
-    1 - p(target). head.weight may be of another dtype than the compute dtype: a block at a time is cast.
-    """
+) -> HeadGradients:
+    """See `interface.Backend`. A weight of another dtype than the compute dtype is cast a block at a time."""
+    assert not want_adapter, "`supports` refuses a head with an adapter"
     n, v = tokens.targets.numel(), head.weight.shape[0]
     device, dtype, wide = head.weight.device, head.compute_dtype, torch.float32
     d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
     d_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     if n == 0 or (d_weight is None and d_bias is None):
-        return tuple(None if d is None else d.zero_() for d in (d_weight, d_bias))  # type: ignore[return-value]
+        return HeadGradients(*(None if d is None else d.zero_() for d in (d_weight, d_bias)))
     chunk_size, block = min(schedule.backward_chunk, n), min(schedule.backward_block, v)
     keep = kept.reference.shape[0] if kept is not None else 0
     config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
@@ -169,7 +168,7 @@ def weight_gradient(
                 rows = operand(chunk) if ready is None else ready[i]
                 g = buffer
                 if kept is not None and factors is not None and chunk.start < keep:
-                    g = kept.at(chunk, columns)
+                    g = kept.tile(chunk, columns)
                     if total_bias is not None:
                         total_bias += _weighted_sums(g, factors[chunk])
                 elif launch is not None:
@@ -183,10 +182,10 @@ def weight_gradient(
                 dest.copy_(total)
             if d_bias is not None and total_bias is not None:
                 d_bias[columns] = total_bias
-    return d_weight, d_bias
+    return HeadGradients(d_weight, d_bias)
 
 
-def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: Kept) -> Tensor:
+def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: KeptLogitGrads) -> Tensor:
     """What kept exponentials [K, V] miss to be rows of G: -c s f' / S without a soft-cap, where f' is a number."""
     keep = len(kept.reference)
     # L is -inf where nothing competes, and the kept values are 0.
@@ -254,14 +253,14 @@ class _Launcher:
         base: Tensor,
         target: Tensor,
         total: Tensor,
-        gap: Tensor,
+        log_odds: Tensor,
         lse: Tensor,
         again: bool = False,
     ) -> None:
-        """Writes S, gap and lse [C]; again: of abnormal rows only, in place of the first ones."""
+        """Writes S, log_odds and lse [C]; again: of abnormal rows only, in place of the first ones."""
         c = total.numel()
         sum_kernel[(triton.cdiv(c, 32),)](
-            partial, base, *target, total, gap, lse, c, self.V, self.n_v, AGAIN=again, BC=32, BV=64, **_OPTIONS
+            partial, base, *target, total, log_odds, lse, c, self.V, self.n_v, AGAIN=again, BC=32, BV=64, **_OPTIONS
         )  # fmt: skip
 
     def slow_lane(

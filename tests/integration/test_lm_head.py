@@ -320,7 +320,7 @@ def test_bad_arguments():
 
 def test_fewer_hidden_states_than_targets():
     ours = attach(tiny_llama())
-    for _ in range(2):  # on the probe, and after it
+    for _ in range(2):  # while the transform is looked for, and after
         with pytest.raises(RuntimeError, match=r"hidden states \[4, 5, D\].*\[4, 9, D\].*logits_to_keep"):
             ours.logps(TARGETS, logits_to_keep=5, **INPUTS)
         ours.logps(TARGETS, **INPUTS)
@@ -698,7 +698,7 @@ def test_a_compiled_model(head_trains: bool, backend: str):
             torch.optim.SGD(each.parameters(), lr=LEARNING_RATE).step()
             each.zero_grad()
         counts.append(counter.frame_count)
-    # The probe, the first lengths, any length, any number of pairs.
+    # The placeholders alone, the first lengths, any length, any number of pairs.
     assert counts[-1] == counts[3] <= 4
 
     # Without a request, the head is itself.

@@ -301,7 +301,7 @@ def test_packing_length(share_prefix, tmp_path):
         runs.append(steps(trainer))
     for found, expected in zip(*runs, strict=True):
         assert_same(found, expected, ("logits/chosen", "logits/rejected"))
-    steps_of_ours = shapes[-3:]  # after the trial and the probe
+    steps_of_ours = shapes[-3:]  # after the trial and the look for the transform
     assert all(height > 1 and width <= 18 for height, width, _ in steps_of_ours)
 
 
@@ -345,7 +345,7 @@ def test_no_logits(tmp_path):
     trainer.train()
     trainer.evaluate()
     assert widths == {7}
-    assert trainer._logps.plan is plan
+    assert trainer.head_logps.plan is plan
 
 
 @pytest.mark.shows("Trainers", "TRL, bf16", "first gradients no further from float64 than twice stock TRL's")

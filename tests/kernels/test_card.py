@@ -120,7 +120,7 @@ def test_entries_past_2_to_the_31() -> None:
     far = torch.arange(n - 40, n, device="cuda")
     want = reference(hidden[far], weight, targets[far])[0]
     for plan in (Plan(scratch_bytes=8 << 30), Plan(scratch_bytes=8 << 30, keep_logit_grads=True)):
-        assert plan.schedule(n, d, v, BF16, "cuda", train_weight=True, full_rows=True).forward_chunk * v > 2**31
+        assert plan.schedule(n, d, v, BF16, "cuda", train_weight=True, full_vocab_tiles=True).forward_chunk * v > 2**31
         got = step(hidden, weight, targets, plan)
         torch.testing.assert_close(got[0][far].double(), want, rtol=1e-5, atol=1e-4)
         once_more = step(hidden[far], weight, targets[far])
@@ -142,7 +142,7 @@ def test_the_allocators_peak_is_within_the_plan(sizes: tuple[int, int, int], tra
     torch.cuda.reset_peak_memory_stats()
     step(*inputs, plan, trains)
     peak = torch.cuda.max_memory_allocated() - before
-    schedule = plan.schedule(n, d, v, BF16, "cuda", train_weight=trains, full_rows=True)
+    schedule = plan.schedule(n, d, v, BF16, "cuda", train_weight=trains, full_vocab_tiles=True)
     gradients = 2 * d * (n + v * trains)
     # The allocator rounds up to 2 MiB; a few numbers a token are the caller's own.
     assert peak <= schedule.scratch_bytes + schedule.saved_bytes + gradients + 16 * MIB
@@ -168,13 +168,13 @@ def test_graph_capture_of_the_backends_functions() -> None:
     n, d, v = 500, 256, 5000
     hidden, weight, targets = operands(n, d, v)
     tokens, head = Tokens(hidden, None, targets), Head(weight, None, 1.0, None, BF16)
-    plan = Plan().schedule(n, d, v, BF16, "cuda", train_weight=True, full_rows=True)
+    plan = Plan().schedule(n, d, v, BF16, "cuda", train_weight=True, full_vocab_tiles=True)
     plan = dataclasses.replace(plan, forward_chunk=256, backward_block=2048)
     ones = torch.ones(n, device="cuda")
 
     def both() -> tuple[Tensor, Tensor, Tensor]:
         out = triton_path.forward(tokens, head, plan, True)
-        return out.gap, out.u, triton_path.weight_gradient(tokens, head, ones, out.lse, None, plan, True, False)[0]
+        return out.log_odds, out.u, triton_path.weight_gradient(tokens, head, ones, out.lse, None, plan, True, False)[0]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -18,7 +18,7 @@ SMALL_D = (1000, 576, 49152)  # 24 tiles of 128 x 256
 
 
 def plan(tokens: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, scratch: int | None = None, **o) -> Schedule:
-    return Plan(scratch).schedule(tokens, d, v, dtype, "meta", full_rows=True, **o)
+    return Plan(scratch).schedule(tokens, d, v, dtype, "meta", full_vocab_tiles=True, **o)
 
 
 class Unlaunched:
@@ -64,7 +64,7 @@ def test_forward_stays_within_the_budget(
 def test_rows_that_are_read_in_place_take_no_scratch(sizes: tuple[int, int, int], keep: bool, no_card: None) -> None:
     tokens, d, v = sizes
     schedule = Plan(24 * MIB, keep_logit_grads=keep).schedule(
-        *sizes, torch.bfloat16, "meta", full_rows=True, train_weight=True, in_place=True
+        *sizes, torch.bfloat16, "meta", full_vocab_tiles=True, train_weight=True, in_place=True
     )
     hidden, weight = (torch.zeros(n, d, dtype=torch.bfloat16, device="meta") for n in (tokens, v))
     targets = torch.zeros(tokens, dtype=torch.int64, device="meta")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_kernels.bench.peers.interface import Loss, Peer, Unavailable
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
+from orpo_kernels.kernels.naive import naive_logps
 
 
 def full_logits(
@@ -27,10 +28,7 @@ def full_logits(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss [], log-probabilities [2B, T])."""
-    logits = F.linear(hidden, weight)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), union.flatten(), reduction="none").view(union.shape)
+    logps = naive_logps(hidden, weight, union, softcap=softcap)
     return trl_objective(logps, targets, nll_targets, beta), logps
 
 

@@ -121,6 +121,8 @@ def test_text_parts_and_json_text() -> None:
         "chat_template_kwargs": json.dumps(plain["chat_template_kwargs"]),
     }
     assert ids([other]) == ids([plain])
+    called["tool_calls"] = json.dumps(called["tool_calls"])
+    assert ids([other]) == ids([plain])
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,8 @@ def test_text_parts_and_json_text() -> None:
         ({"tools": "{"}, r"'tools' is a string and no valid JSON"),
         ({"tools": '{"a": 1}'}, r"'tools' is dict: use a list of schemas"),
         ({"chat_template_kwargs": "[1]"}, r"'chat_template_kwargs' is list"),
+        ({"chosen": [{"role": "assistant", "content": "", "tool_calls": "{}"}]}, r"'tool_calls'"),
+        ({"chosen": [{"role": "assistant", "content": "", "tool_calls": '{"a": 1}'}]}, r"'tool_calls' is dict: use a"),
         ({"chosen": [{"role": "assistant", "content": ["text"]}]}, r"'chosen': a message's content holds str where"),
     ],
 )

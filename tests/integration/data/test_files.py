@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,35 @@ def test_what_is_wrong_is_named(name: str, content: str | bytes, message: str, t
         read_pairs(path)
     with pytest.raises(ValueError, match=message):  # and on the command line, in one line
         load_pairs(DataArguments(str(path)))
+
+
+TEXTS = ["007", "NA", "null", "", "2026-01-01 00:00:00", "1e3", "True"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".json", ".csv.gz", ".jsonl.bz2", ".json.xz"])
+def test_text_in_a_folder_stays_text(ending: str, tmp_path: Path) -> None:
+    """Arrow's and pandas' readers make numbers, dates and nulls of some strings."""
+    rows = [{"prompt": text, "chosen": text, "rejected": "x"} for text in TEXTS]
+    if ".csv" in ending:
+        text = "prompt,chosen,rejected\n" + "".join(f'"{row["prompt"]}","{row["chosen"]}",x\n' for row in rows)
+    elif ".jsonl" in ending:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(Path(ending).suffix, bytes)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}{ending}").write_bytes(pack(text.encode()))
+    found = load_pairs(DataArguments(str(tmp_path), dataset_test_split="test"))
+    assert found == (rows, rows)
+    assert load_pairs(DataArguments(str(tmp_path), eval_fraction=2 / 7)) == (rows[:5], rows[5:])
+    assert load_pairs(DataArguments(str(tmp_path / f"train{ending}"))) == (rows, None)
+
+
+def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen"\n')
+    with pytest.raises(ValueError, match=r"--dataset_name .*train\.jsonl is not valid JSON: line 2"):
+        load_pairs(DataArguments(str(tmp_path)))
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "pairs.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"pairs\.csv\.gz cannot be unpacked"):
+        load_pairs(DataArguments(str(tmp_path / "pairs.csv.gz")))

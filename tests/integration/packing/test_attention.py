@@ -193,7 +193,7 @@ def backward(model: Any, logps: Tensor) -> dict[str, Tensor]:
 
 
 def through_layout(model: Any, batch: dict[str, Any]) -> Tensor:
-    attention.use(model)
+    attention.use_packed_attention(model)
     return attach(model).logps(batch["targets"], rows=batch["rows"], use_cache=False, **model_inputs(batch))[0]
 
 

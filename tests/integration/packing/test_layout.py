@@ -25,15 +25,16 @@ from transformers import (
 
 from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.metrics import flat_counts, flat_pair_rows, pair_rows
-from orpo_kernels.integration.packing.attention import restore
+from orpo_kernels.integration.metrics import for_metrics, pair_rows
+from orpo_kernels.integration.packing.attention import restore_attention
 from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
 from orpo_kernels.integration.packing.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
-from orpo_kernels.integration.packing.layout import sides as sides_of
+from orpo_kernels.integration.packing.layout import sequence_places as sides_of
 from orpo_kernels.integration.packing.segments import Segment
 from orpo_kernels.integration.transformers import ORPOTrainer
 from orpo_kernels.loss import merge_targets, orpo_from_logps
 from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED, orpo_objective_flat
+from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.presets import get_preset
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -219,7 +220,7 @@ def test_the_flat_objective_is_the_padded_one(preset: str, normalizers: dict[str
             merged = merge_targets(targets, nll_targets)
             logps = source[:, :longest].gather(2, merged.clamp(min=0)[..., None])[..., 0] * (merged != -100)
             output = orpo_from_logps(logps, targets, nll_targets=nll_targets, preset=preset, **normalizers)
-            table = pair_rows(logps, targets, nll_targets, None)
+            of = PairSums.of_targets(for_metrics(logps), targets, nll_targets)
         else:
             batch = lay_out(name, ROWS, nll_over=over)
             sequence = batch["pair"] + len(ROWS) * (batch["kind"] == REJECTED)
@@ -227,9 +228,11 @@ def test_the_flat_objective_is_the_padded_one(preset: str, normalizers: dict[str
             logps = source[sequence, position, batch["targets"]]
             tokens = (logps, batch["pair"], batch["kind"])
             output = orpo_objective_flat(*tokens, num_pairs=len(ROWS), preset=preset, **normalizers)
-            table = flat_pair_rows(*tokens, len(ROWS), batch["layout"].longest, get_preset(preset))
-            counts = flat_counts(*tokens[1:], len(ROWS), get_preset(preset))
-            assert counts.tolist() == [int(output.nll_count), int(output.valid_pairs)]
+            flat = (for_metrics(logps), *tokens[1:])
+            of = PairSums.of_flat(*flat, num_pairs=len(ROWS), preset=get_preset(preset))
+        assert int(of.nll_count(get_preset(preset))) == int(output.nll_count)
+        assert int(of.pair_is_valid.sum()) == int(output.valid_pairs)
+        table = pair_rows(of, None)
         output.loss.backward()
         found[name] = (output, table, source.grad)
     right, right_table, right_gradient = found.pop("rectangle")
@@ -278,7 +281,7 @@ def test_mean_logits_are_those_of_separate_rows(build: Any, name: Any, row_lengt
         return
     sequences = [one[f"{side}_input_ids"] for side in ("chosen", "rejected") for one in ROWS]
     assert not outputs["mean_logits"].requires_grad
-    restore(made, "sdpa")  # the eager attention takes its softmax in fp32
+    restore_attention(made, "sdpa")  # the eager attention takes its softmax in fp32
     with torch.no_grad():
         expected = torch.stack([made(torch.tensor([ids])).logits.mean() for ids in sequences])
     torch.testing.assert_close(outputs["mean_logits"], expected, rtol=1e-12, atol=1e-15)

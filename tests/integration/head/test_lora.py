@@ -471,7 +471,7 @@ def test_a_packed_head_is_refused(bf16_folder: Path):
 
 
 def test_compiled():
-    """No graph break at the head, and four graphs for any number of lengths: probe, first, others, evaluation."""
+    """No graph break at the head; four graphs for any number of lengths: placeholders, first, others, evaluation."""
     torch._dynamo.reset()
     model, same = two_adapters(), two_adapters()
     counter = CompileCounterWithBackend("eager")

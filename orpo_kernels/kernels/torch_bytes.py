@@ -1,0 +1,39 @@
+"""What tiles of `torch_path` take; `orpo_kernels.plan` fits them into a budget."""
+
+from __future__ import annotations
+
+import torch
+
+from orpo_kernels.fit import Bytes
+
+# A row's own numbers (references, sums, masks, indices) of four bytes, rounded up.
+_ROW_BYTES = 128
+
+
+def tile_bytes(
+    hidden_size: int, dtype: torch.dtype, *, softcap: bool, has_adapter: bool, cpu: bool
+) -> tuple[Bytes, Bytes]:
+    """Of a tile in the forward and in the backward. hidden_size: the product's inner dimension, adapters included."""
+    item = dtype.itemsize
+    wide = 8 if dtype == torch.float64 else 4
+    mixed = item < wide
+    # A logit: its value, its slope, and on a GPU its copy as a product's operand.
+    operand = item if mixed and not cpu else 0
+    logit = wide * (2 if softcap else 1) + operand
+    # A token's rows of D: hidden as an operand, the sum of products, and what is on its way to either.
+    token = hidden_size * (2 * wide + item if mixed else wide) + _ROW_BYTES * wide // 4
+    # A vocabulary entry's: the weight as an operand, and in the backward its gradient and what is added to that;
+    # the same of the bias.
+    forward = 4 * wide + (hidden_size * (wide + item) if mixed else 0)
+    backward = 4 * wide + (hidden_size * (2 * wide + operand) if mixed else 0)
+    if has_adapter:
+        token += hidden_size * wide
+        forward += hidden_size * wide
+        backward += hidden_size * wide * (1 if mixed else 2)
+    return Bytes(token, logit, forward), Bytes(token, logit, backward)
+
+
+def kept_bytes(vocab_size: int, dtype: torch.dtype, block: int) -> int:
+    """What the kept logit gradients of a token take, with a reference for each block."""
+    wide = 8 if dtype == torch.float64 else 4
+    return vocab_size * dtype.itemsize + -(-vocab_size // block) * wide
