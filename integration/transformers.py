@@ -53,6 +53,7 @@ from .training.arguments import numbers_from_text, refuse_label_smoothing
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.head_access import HeadAccess, read_streams_everywhere
+from .training.memory_told import MemoryTold
 from .training.row_order import RowOrder
 from .training.running import RunningMetrics
 from .training.sequence_parallel import CutSequences
@@ -159,7 +160,7 @@ class ORPOConfig(TrainingArguments):
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(CutSequences, HeadAccess, RowOrder, EvaluationRows, Trainer):
+class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.

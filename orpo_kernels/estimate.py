@@ -23,6 +23,7 @@ import torch
 
 from orpo_kernels.kernels.dispatch import fitting
 from orpo_kernels.kernels.triton_bytes import DTYPES
+from orpo_kernels.models import CONFIGS
 from orpo_kernels.plan import Plan, Schedule
 
 
@@ -39,15 +40,12 @@ class HeadSize:
     dtype: torch.dtype | None = None
 
 
-# As in the models' config.json.
-MODELS = {
-    "smollm2-135m": HeadSize(576, 49152, dtype=torch.bfloat16),
-    "llama-3.2-1b": HeadSize(2048, 128256, dtype=torch.bfloat16),
-    "gemma-2-2b": HeadSize(2304, 256000, softcap=30.0, dtype=torch.bfloat16),
-    "llama-3-8b": HeadSize(4096, 128256, dtype=torch.bfloat16),
-    "llama-3-70b": HeadSize(8192, 128256, dtype=torch.bfloat16),
-    "qwen3-8b": HeadSize(4096, 151936, dtype=torch.bfloat16),
-}
+def _head(config: dict[str, Any]) -> HeadSize:
+    softcap = config.get("final_logit_softcapping")
+    return HeadSize(config["hidden_size"], config["vocab_size"], softcap, getattr(torch, config["dtype"]))
+
+
+MODELS = {name: _head(config) for name, config in CONFIGS.items()}
 
 # What trains: (hidden, weight), and whether logit gradients are kept.
 SETTINGS = {
@@ -108,26 +106,28 @@ def estimate(
         raise ValueError(f"ignored={ignored}: use a share from 0 up to, not including, 1")
     positions = 2 * pairs * length
     scored = max(1, round(positions * (1.0 - ignored)))
+    return [
+        estimate_call(head, setting, positions, scored, dtype=dtype, device=device, plan=Plan(scratch_bytes, keep))
+        for setting, (_, _, keep) in SETTINGS.items()
+    ]
+
+
+def estimate_call(
+    head: HeadSize, setting: str, positions: int, scored: int, *, dtype: torch.dtype, device: str, plan: Plan
+) -> Estimate:
+    """One of SETTINGS, for as many hidden states and scored tokens; the plan says what is kept of logit gradients."""
+    train_hidden, train_weight, _ = SETTINGS[setting]
     logits = positions * head.vocab_size
     wide, item = max(4, dtype.itemsize), dtype.itemsize
     capped = head.softcap is not None
-
-    found = []
-    for setting, (train_hidden, train_weight, keep) in SETTINGS.items():
-        plan = Plan(scratch_bytes=scratch_bytes, keep_logit_grads=keep)
-        found.append(
-            Estimate(
-                setting,
-                scored,
-                logits * (3 * wide + (item if capped else 0)) if train_hidden else logits * 2 * wide,
-                _FULL_UNITS.get(setting, 3.0) * positions / scored,
-                _schedule(plan, head, scored, dtype, device, train_hidden=train_hidden, train_weight=train_weight),
-                item
-                * head.hidden_size
-                * ((positions if train_hidden else 0) + (head.vocab_size if train_weight else 0)),
-            )
-        )
-    return found
+    return Estimate(
+        setting,
+        scored,
+        logits * (3 * wide + (item if capped else 0)) if train_hidden else logits * 2 * wide,
+        _FULL_UNITS.get(setting, 3.0) * positions / scored,
+        _schedule(plan, head, scored, dtype, device, train_hidden=train_hidden, train_weight=train_weight),
+        item * head.hidden_size * ((positions if train_hidden else 0) + (head.vocab_size if train_weight else 0)),
+    )
 
 
 def _schedule(plan: Plan, head: HeadSize, tokens: int, dtype: torch.dtype, device: str, **trains: Any) -> Schedule:

@@ -42,7 +42,7 @@ _GPU_BLOCK = 16384
 _GPU_SCRATCH = 384 * MIB
 # The BLAS library packs operands into buffers of its own: 3.3 MiB measured (MKL, 2 cores). The budget covers them,
 # up to a third of it.
-_CPU_LIBRARY = 4 * MIB
+CPU_LIBRARY_BYTES = 4 * MIB
 
 
 class ScratchTooSmall(ValueError):
@@ -174,7 +174,7 @@ class Plan:
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
-        library = min(_CPU_LIBRARY, self.budget(device) // 3) if cpu else 0
+        library = min(CPU_LIBRARY_BYTES, self.budget(device) // 3) if cpu else 0
         budget = self.budget(device) - library
         item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
         # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
@@ -256,7 +256,7 @@ class Plan:
     def _too_small(self, least: int, device: torch.device, sizes: str) -> ScratchTooSmall:
         """least: bytes that tiles of one token need, without a library's buffers."""
         if device.type == "cpu":
-            least += min(_CPU_LIBRARY, -(-least // 2))
+            least += min(CPU_LIBRARY_BYTES, -(-least // 2))
         return ScratchTooSmall(
             f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for {sizes}: give at least {least} bytes"
         )

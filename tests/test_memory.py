@@ -27,7 +27,7 @@ from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.linear_logps import scored_token_stats
-from orpo_kernels.plan import _CPU_LIBRARY, MIB, Schedule
+from orpo_kernels.plan import CPU_LIBRARY_BYTES, MIB, Schedule
 from orpo_kernels.tokens import RowGroups, ScoredTokens
 
 
@@ -203,7 +203,7 @@ def assert_within_budget(s: Shapes) -> Measured:
     measured = measure(s)
     budget = s.plan.budget(s.device)
     # The BLAS library's own buffers are part of the budget, and not seen here.
-    library = min(_CPU_LIBRARY, budget // 3) if s.device == "cpu" else 0
+    library = min(CPU_LIBRARY_BYTES, budget // 3) if s.device == "cpu" else 0
     used = max(measured.forward, measured.backward)
     assert used <= measured.schedule.scratch_bytes - library, (used, measured)
     assert measured.schedule.scratch_bytes <= budget

@@ -69,6 +69,7 @@ from ..training.arguments import refuse_label_smoothing
 from ..training.dropout import disable_dropout
 from ..training.evaluation_rows import EvaluationRows
 from ..training.head_access import HeadAccess, read_streams_everywhere
+from ..training.memory_told import MemoryTold
 from ..training.row_order import RowOrder
 from ..training.running import RunningMean, whole_batches
 from .rows import Sets, Stream, check_row, has_scored_token, mappable
@@ -83,7 +84,7 @@ _PRESET = get_preset("trl")
 _TrlTrainer: Any = object
 
 
-class _HeadLogps(HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
+class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
     """What the trainers share: their data, and log-probabilities from the head."""
 
     train_dataset: Any

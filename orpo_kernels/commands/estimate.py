@@ -1,4 +1,7 @@
-"""`orpo-kernels estimate`: what full logits would take, and what this package takes, before anything is loaded."""
+"""`orpo-kernels estimate`: what a run would take, by full logits and without them, before anything is loaded.
+
+`estimate_run` answers for the whole run; here is what `--head-only` prints, for head and loss.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,25 @@ from dataclasses import replace
 
 import torch
 
+from orpo_kernels.commands import estimate_run
 from orpo_kernels.costs import CARDS, Prediction, predict
 from orpo_kernels.estimate import MODELS, SETTINGS, Estimate, HeadSize, estimate, head_of_model
 from orpo_kernels.plan import MIB, Plan
 from orpo_kernels.scale import report
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "estimate",
-        help="say what the loss will take on a model, by full logits and without them",
-        description="Memory and operations of the head and the ORPO loss, from the sizes alone: nothing is loaded.",
+        help="say whether a run fits a card, by full logits and without them",
+        description="Peak memory of a whole training run (--model), or memory and operations of head and loss alone "
+        "(--head-only): from the sizes, nothing is loaded.",
+    )
+    parser.add_argument(
+        "--head-only", action="store_true", help="head and loss alone, as without --model and with a card"
     )
     parser.add_argument(
         "--model", metavar="FOLDER_OR_NAME", help=f"a folder with a config.json, or one of {', '.join(MODELS)}"
@@ -44,12 +53,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--scratch-mib", type=float, help="memory budget (default: the device's)")
     parser.add_argument(
-        "--tp", type=int, default=1, metavar="P", help="ranks that share the head: compare layouts of many cards"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="P",
+        help="ranks that share every layer and the head; with --head-only or a card, layouts compared",
     )
+    estimate_run.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.head_only and args.model is not None and args.device not in CARDS:
+        return estimate_run.run(args, DTYPES)
     try:
         head = _head(args)
         dtype = DTYPES[args.dtype] if args.dtype else head.dtype or torch.float32
