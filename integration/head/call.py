@@ -106,8 +106,8 @@ class Request:
         self.logps, placeholders = _Fork.apply(logps, _placeholders(hidden, logps.dtype))
         return self._output(placeholders, head, input)
 
-    def _output(self, placeholders: Tensor, head: nn.Linear, input: Any) -> Tensor:
-        output, self.copies = as_output(placeholders, head, input)
+    def _output(self, placeholders: Tensor, layer: nn.Module, input: Any) -> Tensor:
+        output, self.copies = as_output(placeholders, layer, input)
         return output
 
     def _score(
