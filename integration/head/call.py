@@ -120,8 +120,8 @@ class Request:
         placeholders, self.answer = _through(_Fork, _placeholders(hidden, answer.logps.dtype), answer, self.wanted)
         return self._output(placeholders, head, input)
 
-    def _output(self, placeholders: Tensor, head: nn.Linear, input: Any) -> Tensor:
-        output, self.copies = as_output(placeholders, head, input)
+    def _output(self, placeholders: Tensor, layer: nn.Module, input: Any) -> Tensor:
+        output, self.copies = as_output(placeholders, layer, input)
         return output
 
     def _score(

@@ -100,11 +100,12 @@ def gathered(tensor: Any) -> Any:
     return tensor.full_tensor(grad_placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def as_output(placeholders: Tensor, head: nn.Linear, input: Any) -> tuple[Tensor, int]:
-    """What stands in for the head's output, and how often it then has the placeholders side by side if it is gathered.
+def as_output(placeholders: Tensor, layer: nn.Module, input: Any) -> tuple[Tensor, int]:
+    """What stands in for the output of the head, or of a LoRA layer's B; and how many sets of placeholders it has if it
+    is gathered.
 
-    A DTensor where the head was given one, since what follows such a head expects one; in the placements that the
-    head's own output would have, so that what gathers it, or takes the local part, finds whole sets of placeholders.
+    A DTensor where the layer was given one, since what follows such a head expects one; in the placements that the
+    layer's own output would have, so that what gathers it, or takes the local part, finds whole sets of placeholders.
     """
     if not is_dtensor(input):
         return placeholders, 1
@@ -112,7 +113,7 @@ def as_output(placeholders: Tensor, head: nn.Linear, input: Any) -> tuple[Tensor
 
     mesh = input.device_mesh
     placements: list[Any] = [Replicate()] * mesh.ndim
-    weight: Any = head.weight
+    weight: Any = layer.weight
     dimension = sharded_dimension(weight) if is_dtensor(weight) and weight.device_mesh == mesh else None
     if dimension is not None:
         placements[dimension] = Shard(placeholders.dim() - 1)
