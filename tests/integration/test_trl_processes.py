@@ -51,9 +51,9 @@ def work(rank: int, names: list[str], folder: Path) -> None:
     """One set-up after the other: a process takes longer to start than to train."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", CI="1")
-    os.environ["MASTER_PORT"] = "29547"
     clean = dict(os.environ)
-    for name in names:
+    for at, name in enumerate(names):
+        os.environ["MASTER_PORT"] = str(29547 + at)  # the one before may still listen
         options = dict(SETUPS[name])
         with use(packing=options.pop("packing", False)):
             trainer = make(
