@@ -4,8 +4,8 @@
 tensors that it knows by name for the time of a step, in place.
 
 `sp_size` (DeepSpeed's Ulysses): an adapter around the training dataloader hands out cut batches, one after the other
-those of all ranks of the group; evaluation is not cut. DeepSpeed sums gradients over this group, where all others
-average them.
+those of all ranks of the group; evaluation is not cut. DeepSpeed sums gradients over this group, where others average
+them; but for ZeRO-3, which reduces them by a reduce-scatter (unless that is turned off) and so averages.
 
 Either way a rank has the log-probs of its own positions, and the objective reduces their sums over the group
 (`orpo_kernels.sequence_parallel`). Rows must be padded ones, and nothing but attention may look at other positions:
@@ -63,6 +63,9 @@ class CutSequences:
     def _averaged(self, loss: Tensor, group: Group | None) -> Tensor:
         """The same loss, with gradients for what this trainer's engine does with them over the group."""
         if group is None or self._sp_size == 1:
+            return loss
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if zero.get("stage", 0) == 3 and zero.get("reduce_scatter", True):
             return loss
         return loss.detach() + (loss - loss.detach()) / self._sp_size
 

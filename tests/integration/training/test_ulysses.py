@@ -27,18 +27,19 @@ pytestmark = pytest.mark.skipif(
 OPTIONS = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
 OPTIONS |= {"optim": "sgd", "learning_rate": 0.5}
 GLOBAL = {"loss_normalization": "global", "gradient_accumulation_steps": 2}
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "ZeRO-0": (0, {}),
-    "ZeRO-2": (2, {}),
-    "ZeRO-3": (3, {}),
-    "ZeRO-2, tokens and pairs of a step": (2, GLOBAL),
-    "ZeRO-2, sequence means of a step": (2, GLOBAL | {"preset": "llama_factory"}),
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ZeRO-0": ({"stage": 0}, {}),
+    "ZeRO-2": ({"stage": 2}, {}),
+    "ZeRO-3": ({"stage": 3}, {}),
+    "ZeRO-3 without reduce-scatter": ({"stage": 3, "reduce_scatter": False}, {}),
+    "ZeRO-2, tokens and pairs of a step": ({"stage": 2}, GLOBAL),
+    "ZeRO-2, sequence means of a step": ({"stage": 2}, GLOBAL | {"preset": "llama_factory"}),
 }
 
 
-def _deepspeed(stage: int) -> dict[str, Any]:
+def _deepspeed(zero: dict[str, Any]) -> dict[str, Any]:
     sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero = zero | {"stage3_param_persistence_threshold": 0}
     more = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
     return {"zero_optimization": zero, **dict.fromkeys(sizes, "auto"), **more}
 
@@ -66,12 +67,12 @@ def _process(rank: int, folder: Path, name: str, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     deepspeed.init_distributed(dist_backend="gloo")
-    stage, options = RUNS[name]
+    zero, options = RUNS[name]
     handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa", sp_seq_length_is_variable=True)
     parallelism = ParallelismConfig(sp_size=2, sp_handler=handler)
-    logs, trainer = run(folder, deepspeed=_deepspeed(stage), parallelism_config=parallelism, **options)
+    logs, trainer = run(folder, deepspeed=_deepspeed(zero), parallelism_config=parallelism, **options)
     engine = trainer.model_wrapped
-    if stage:
+    if zero["stage"]:
         found = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
     else:
         found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
