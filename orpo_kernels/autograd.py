@@ -311,7 +311,10 @@ class LinearLogps(torch.autograd.Function):
         if needs.head:
             entropy = None
             if of_entropy is not None and saved.entropy is not None:
-                entropy = EntropyGradient(coefficient + of_entropy * saved.entropy.own, of_entropy * one_minus_p)
-                coefficient = coefficient + of_entropy * saved.entropy.level
+                _, own, level = saved.entropy
+                assert own is not None
+                assert level is not None
+                entropy = EntropyGradient(coefficient + of_entropy * own, of_entropy * one_minus_p)
+                coefficient = coefficient + of_entropy * level
             d_head = head_gradient(tokens, head, coefficient, saved, plan, needs, entropy)
         return d_hidden, d_head.weight, d_head.bias, None, None, None, None, None, d_head.adapter, None
