@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,15 @@ import torch.multiprocessing as mp
 
 # Processes are forked from one that has imported what they need, which spares each of them seconds.
 _PRELOADED = ["reference", "orpo_kernels.vocab_parallel", "orpo_kernels.kernels.triton_path"]
+
+
+@functools.cache
+def once_on_ranks(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any] | str:
+    """`run_on_ranks`, for several tests to look at: what failed, in words, will not be tried again."""
+    try:
+        return run_on_ranks(work, ranks, *arguments)
+    except mp.ProcessRaisedException as error:
+        return str(error)
 
 
 def run_on_ranks(work: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
@@ -34,7 +44,7 @@ def _run(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments
     # As torchrun has it: transformers and accelerate look here.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29551")
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=300)  # of a machine with more to do
     dist.init_process_group("gloo", f"file://{folder}/store", timeout=timeout, rank=rank, world_size=ranks)
     try:
         torch.save(work(*arguments), f"{folder}/{rank}.pt")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
-from ranks import run_on_ranks
+from ranks import once_on_ranks
 from test_memory import Allocations
 from test_transformers import full_logits_loss
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ def adapter_of_a_part() -> str:
     return "nothing"
 
 
-def work(names: list[str], folder: str) -> dict[str, Any]:
+def work(names: tuple[str, ...], folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         if name in SETUPS:
@@ -226,20 +226,19 @@ ON_RANKS = [
     *((name, 4 if name.startswith("FSDP2") else 2) for name in SETUPS),
 ]
 KINDS = ["own", "trl"]
+OTHERS = ("mean logits", "adapter of a part", *KINDS)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """By number of ranks: what each of them found, from processes that are started once."""
-    done: dict[int, Any] = {}
+    folder = str(tmp_path_factory.mktemp("ranks"))
 
     def of(ranks: int) -> list[dict[str, Any]]:
-        if ranks not in done:
-            names = [name for name, on in ON_RANKS if on == ranks] + (
-                ["mean logits", "adapter of a part", *KINDS] if ranks == 2 else []
-            )
-            done[ranks] = run_on_ranks(work, ranks, names, str(tmp_path_factory.mktemp("ranks")))
-        return done[ranks]
+        names = tuple(name for name, on in ON_RANKS if on == ranks)
+        found = once_on_ranks(work, ranks, names + OTHERS if ranks == 2 else names, folder)
+        assert not isinstance(found, str), found
+        return found
 
     return of
 
