@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def compare(method: dict[str, Any], layout: str) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in LENGTHS:
         for loss in ("full", "ours"):
             case = {"length": length, "loss": loss, "layout": layout, "device": DEVICE.type, "dtype": "bfloat16"}

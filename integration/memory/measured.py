@@ -50,7 +50,7 @@ def run_of(specification: dict[str, Any]) -> Run:
 
 
 def compare(specification: dict[str, Any], timeout: float = 900.0) -> dict[str, Any]:
-    """{"measured", "estimated"} bytes beyond the weights, and of the estimate when it has its peak and its parts.
+    """{"measured", "estimated"} bytes beyond the weights, and the "peak" of the estimate, as `Peak.as_dict` has it.
 
     In a process of its own, a copy of one that has done nothing but import.
     """
@@ -82,10 +82,10 @@ def measure(run: Run, loss: str) -> dict[str, Any]:
 
 
 def estimate(run: Run, loss: str) -> dict[str, Any]:
-    """{"estimated"} bytes beyond the weights, and the peak as `Peak.as_dict` has it."""
+    """{"estimated"} bytes beyond the weights, and the "peak" as `Peak.as_dict` has it."""
     found: Footprint = footprint(run)
     peak = getattr(found, loss)
-    return {"estimated": peak.total - peak.weights, **peak.as_dict()}
+    return {"estimated": peak.total - peak.weights, "peak": peak.as_dict()}
 
 
 def _model(run: Run) -> nn.Module:
