@@ -71,8 +71,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (model, r, checkpointing, layout, length), pair in groups.items():
         cells = [model, f"LoRA {r}" if r else "all", "yes" if checkpointing else "no", layout, str(length)]
         for loss in ("full", "ours"):
-            row = pair.get(loss)
-            cells += ["", ""] if row is None else [f"{row['measured'] / MIB:,.0f}", f"{row['error']:+.1%}"]
+            one = pair.get(loss)
+            cells += ["", ""] if one is None else [f"{one['measured'] / MIB:,.0f}", f"{one['error']:+.1%}"]
         lines.append(f"| {' | '.join(cells)} |")
     errors = [abs(row["error"]) for row in rows]
     lines.append(
@@ -91,8 +91,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, help="estimate again what such a file measured")
     args = parser.parse_args()
     if args.source:
-        rows = json.loads(args.source.read_text(encoding="utf-8"))["rows"]
-        print(table([again(row) for row in rows]))
+        print(table([again(row) for row in json.loads(args.source.read_text(encoding="utf-8"))["rows"]]))
         return 0
     rows: list[dict[str, Any]] = []
     if args.output and args.output.exists():

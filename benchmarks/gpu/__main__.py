@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-STAGES = {"smoke": 120.0, "profile": 90.0, "race": 200.0, "tests": 240.0}
+STAGES = {"smoke": 120.0, "profile": 90.0, "race": 200.0, "tests": 240.0, "memory": 120.0}
 
 
 def main() -> int:

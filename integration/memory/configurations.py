@@ -47,6 +47,6 @@ def _config(values: dict[str, Any], where: str) -> Any:
         )
     rest = {key: value for key, value in values.items() if key not in ("model_type", "quantization_config")}
     try:
-        return AutoConfig.for_model(kind, **rest)
+        return AutoConfig.for_model(str(kind), **rest)
     except Exception as error:  # configurations check themselves, each in its own way
         raise ValueError(f"{where} is no configuration of {kind}: {' '.join(str(error).split())[:200]}") from error

@@ -126,7 +126,7 @@ class _Shares:
         weights = rehearsal.weights
         spread = {"nothing": 0, "optimizer": 1, "gradients": 2, "weights": 3}[run.sharded]
         by = [run.shards if spread >= stage else 1 for stage in (3, 2, 1)]
-        gradients = sum(w.count * w.numbers * w.itemsize for w in weights.training)
+        gradients = sum(w.layers * w.numbers * w.itemsize for w in weights.training)
         # Of what is whole for a while, one part is this rank's own.
         whole = min(weights.root + 2 * weights.layer, weights.held) * (by[0] - 1) // by[0]
         whole_gradients = min(weights.root + weights.layer, weights.held) * (by[1] - 1) // by[1]
@@ -136,7 +136,9 @@ class _Shares:
             gradients // by[1],
             whole,
             int(whole_gradients * gradients / max(weights.held, 1)),
-            *by,
+            by[0],
+            by[1],
+            by[2],
             run.accumulates,
         )
 

@@ -79,7 +79,8 @@ class LiveBytes(TorchDispatchMode):
         """For the end of something that held memory of many segments. Gives a list that is filled, when the block ends,
         with a segment for each of those whose memory went, by their names."""
         found: list[Segment] = []
-        self._released = released = {}
+        released: dict[int, int] = {}
+        self._released = released
         yield found
         self._released = None
         found += [Segment(self.segments[birth].name, -nbytes, 0) for birth, nbytes in sorted(released.items())]

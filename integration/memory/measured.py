@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from orpo_kernels.bench.meter import watch_memory
 from orpo_kernels.objective import orpo_objective_flat
 
+from ..batches import FlatBatch
 from ..lm_head import attach
-from ..packing.attention import use
+from ..packing.attention import use_packed_attention
 from ..packing.gate import model_inputs, moved
-from ..packing.layout import pack_pairs, pad_pairs, sides
+from ..packing.layout import pack_pairs, pad_pairs, sequence_places
 from .architecture import quiet, text_config
 from .configurations import config_of
 from .footprint import Footprint, footprint
@@ -49,7 +50,7 @@ def run_of(specification: dict[str, Any]) -> Run:
 
 
 def compare(specification: dict[str, Any], timeout: float = 900.0) -> dict[str, Any]:
-    """{"measured", "estimated"} bytes beyond the weights, and of the estimate when it has its peak and its parts.
+    """{"measured", "estimated"} bytes beyond the weights, and the "peak" of the estimate, as `Peak.as_dict` has it.
 
     In a process of its own, a copy of one that has done nothing but import.
     """
@@ -69,7 +70,7 @@ def measure_specified(specification: dict[str, Any]) -> dict[str, Any]:
 
 def measure(run: Run, loss: str) -> dict[str, Any]:
     device = torch.device(run.device)
-    model = _model(run).to(device)
+    model = _model(run)
     estimated = estimate(run, loss)
     step = _Step(model, run, loss)
     step(_batch(run, _FEW, device))
@@ -81,17 +82,17 @@ def measure(run: Run, loss: str) -> dict[str, Any]:
 
 
 def estimate(run: Run, loss: str) -> dict[str, Any]:
-    """{"estimated"} bytes beyond the weights, and the peak as `Peak.as_dict` has it."""
+    """{"estimated"} bytes beyond the weights, and the "peak" as `Peak.as_dict` has it."""
     found: Footprint = footprint(run)
     peak = getattr(found, loss)
-    return {"estimated": peak.total - peak.weights, **peak.as_dict()}
+    return {"estimated": peak.total - peak.weights, "peak": peak.as_dict()}
 
 
 def _model(run: Run) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    with quiet():
+    with torch.device(run.device), quiet():
         model: Any = AutoModelForCausalLM.from_config(run.config, dtype=run.weights_dtype)
     model.tie_weights()
     for parameter in model.parameters():
@@ -106,15 +107,15 @@ def _model(run: Run) -> nn.Module:
     return model.train()
 
 
-def _batch(run: Run, length: int, device: torch.device) -> dict[str, Any]:
+def _batch(run: Run, length: int, device: torch.device) -> FlatBatch:
     """Pairs that share their prompt and nothing after it; padded ones are an eighth shorter on the rejected side."""
     vocab = text_config(run.config).vocab_size
     prompt = min(round(2 * run.ignored * length), length - 2)
     packs = run.layout in ("packed", "shared")
-    pairs = []
+    pairs: list[Any] = []
     for index in range(run.pairs):
         random = torch.Generator().manual_seed(index)
-        rejected_length = length if packs else length - max(1, length // 8)
+        rejected_length = length - max(1, length // 8) if run.layout == "padded" else length
         start = torch.randint(vocab, (prompt,), generator=random).tolist()
         row: dict[str, Any] = {}
         for side, total, first in (("chosen", length, 3), ("rejected", rejected_length, 4)):
@@ -131,13 +132,13 @@ class _Step:
         self.model, self.run, self.loss = model, run, loss
         self.ours = attach(model, run.plan) if loss == "ours" else None
         if run.layout in ("packed", "shared"):
-            use(model)
+            use_packed_attention(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = {"fused": True} if run.optim == "adamw_torch_fused" else {}
         makers = {"adamw_torch": torch.optim.AdamW, "adamw_torch_fused": torch.optim.AdamW, "sgd": torch.optim.SGD}
         self.optimizer = makers[run.optim](trained, lr=1e-5, **fused)
 
-    def __call__(self, batch: dict[str, Any], update: bool = False) -> None:
+    def __call__(self, batch: FlatBatch, update: bool = False) -> None:
         with torch.autocast(self.run.device, dtype=self.run.dtype if self.run.casts else None, enabled=self.run.casts):
             loss = self._ours(batch) if self.ours is not None else self._full(batch)
         loss.backward()
@@ -148,19 +149,19 @@ class _Step:
     def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _ours(self, batch: dict[str, Any]) -> Tensor:
+    def _ours(self, batch: FlatBatch) -> Tensor:
         assert self.ours is not None
         logps, _ = self.ours.logps(
             batch["targets"],
             rows=batch["rows"],
-            mean_logits_over=sides(batch),
+            mean_logits_over=sequence_places(batch),
             use_cache=False,
             **model_inputs(batch),
         )
         pairs = batch["layout"].num_pairs
         return orpo_objective_flat(logps, batch["pair"], batch["kind"], num_pairs=pairs, beta=0.1, preset="trl").loss
 
-    def _full(self, batch: dict[str, Any]) -> Tensor:
+    def _full(self, batch: FlatBatch) -> Tensor:
         """The same of the model's own logits, with one log-softmax over everything."""
         logits = self.model(**model_inputs(batch), use_cache=False).logits.flatten(0, -2)
         logps = torch.log_softmax(logits.float(), -1)

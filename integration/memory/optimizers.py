@@ -18,12 +18,12 @@ _BLOCK, _LEAST_8BIT = 256, 4096
 
 
 class Weight(NamedTuple):
-    """A parameter that trains. count: how many of this kind there are."""
+    """A parameter that trains. layers: how many layers have one like it."""
 
     shape: tuple[int, ...]
     itemsize: int
     is_embedding: bool = False
-    count: int = 1
+    layers: int = 1
 
     @property
     def numbers(self) -> int:
@@ -67,7 +67,7 @@ OPTIMIZERS = {
 def state_bytes(optim: str, weights: Sequence[Weight]) -> int:
     """Held on the device between steps."""
     optimizer = OPTIMIZERS[optim]
-    return 0 if optimizer.paged else sum(weight.count * _of_one(optimizer, weight) for weight in weights)
+    return 0 if optimizer.paged else sum(weight.layers * _of_one(optimizer, weight) for weight in weights)
 
 
 def _of_one(optimizer: Optimizer, weight: Weight) -> int:
@@ -91,5 +91,5 @@ def step_bytes(optim: str, weights: Sequence[Weight], device: str) -> int:
     if optimizer.factored:
         return 3 * 4 * weight.numbers
     if optimizer.foreach and device != "cpu":
-        return int(optimizer.made * sum(weight.count * size for size, weight in sizes))
+        return int(optimizer.made * sum(weight.layers * size for size, weight in sizes))
     return int(2 * optimizer.made * largest)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import masking_utils
 
 from ..head.patch import find_head
-from ..packing.attention import stand_in_mask, use
+from ..packing.attention import stand_in_mask, use_packed_attention
 from ..packing.layout import pack_pairs
 from .architecture import CannotRun, Weights, built, depth_of, kinds_of, layers_of, prepared_config, weights_of
 from .attention import attention_as_run
@@ -178,7 +178,7 @@ class Rehearsal:
             ids = torch.zeros(2 * pairs, length, dtype=torch.int64)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if layout == "padded" else None}
         prompt = min(round(2 * self.run.ignored * length), length - 2)
-        sides = {
+        pair: Any = {
             f"{side}_{name}": value
             for side, first in (("chosen", 1), ("rejected", 2))
             for name, value in (
@@ -187,8 +187,8 @@ class Rehearsal:
             )
         }
         with unset_fake_temporarily():
-            batch = pack_pairs([sides] * pairs, layout == "shared")
-        use(self.model)
+            batch = pack_pairs([pair] * pairs, layout == "shared")
+        use_packed_attention(self.model)
         shape = batch["input_ids"].shape
         return {
             "input_ids": torch.zeros(shape, dtype=torch.int64),

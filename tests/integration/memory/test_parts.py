@@ -168,5 +168,5 @@ def test_eight_bit_states():
     assert state_bytes("adamw_8bit", [large]) == 2 * (128 * 64 + 4 * 32)
     assert state_bytes("adamw_8bit", [small]) == 2 * 4 * 64 * 63
     assert state_bytes("adamw_8bit", [large._replace(is_embedding=True)]) == 2 * 4 * 128 * 64
-    assert state_bytes("adamw_8bit", [large._replace(count=5)]) == 5 * state_bytes("adamw_8bit", [large])
+    assert state_bytes("adamw_8bit", [large._replace(layers=5)]) == 5 * state_bytes("adamw_8bit", [large])
     assert state_bytes("paged_adamw_8bit", [large]) == 0
