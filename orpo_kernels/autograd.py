@@ -101,6 +101,8 @@ def logps_forward(
     tokens: Tokens, head: Head, plan: Plan, needs: Needs, wanted: Statistics = NO_STATISTICS
 ) -> tuple[TokenStats, Saved]:
     """Log-probabilities and statistics of the scored tokens, and what their backward needs."""
+    if not any(needs):
+        wanted = wanted._replace(entropy_grad=False)
     backend, schedule = _choose(tokens, head, plan, needs, wanted, train_weight=needs.head)
     with torch.autocast(tokens.hidden.device.type, enabled=False):
         out = backend.forward(tokens, forward_head(backend, head), schedule, needs.hidden, wanted)

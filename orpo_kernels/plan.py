@@ -265,7 +265,8 @@ def _saved_bytes(
     hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool, entropy_grad: bool
 ) -> int:
     """What autograd holds of a token, kept logit gradients aside. of_u: bytes of a number of u."""
-    row = 2 * wide + 8 if train_hidden or train_weight else 0  # 1 - p, log-prob, row
+    # 1 - p, log-prob, row, and the entropy.
+    row = (2 + entropy_grad) * wide + 8 if train_hidden or train_weight else 0
     vectors = (1 + entropy_grad) * hidden_size * of_u if train_hidden else 0
     slopes = 2 * wide * entropy_grad if train_weight else 0
     return row + vectors + slopes + (wide + 8 if train_weight else 0)  # logsumexp, target

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_kernels import Plan, linear_logps
+from orpo_kernels import Plan, linear_logps, linear_token_stats
 from orpo_kernels.autograd import HeadOptions
 from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
@@ -373,7 +373,7 @@ SAVED: dict[str, tuple[tuple[str, ...], bool | int]] = {
 }
 
 
-def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan) -> int:
+def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan, function: Callable[..., Tensor] = linear_logps) -> int:
     """What autograd holds of a call, the inputs aside, each storage once."""
     inputs = [x for x in (case.hidden, case.weight, case.targets, case.rows) if x is not None]
     for name in ("hidden", "weight"):
@@ -388,7 +388,7 @@ def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logps = linear_logps(case.hidden, case.weight, case.targets, rows=case.rows, plan=plan)
+        logps = function(case.hidden, case.weight, case.targets, rows=case.rows, plan=plan)
     assert logps.requires_grad == bool(train)
     return sum(seen.values())
 
@@ -420,6 +420,23 @@ def test_saved_bytes_are_as_reported(
     inputs = 200 * (8 * (2 if "weight" in train else 1) + wide) if train else 0
     if device.type == "cpu":
         assert bytes_saved(whole, train, plan) == schedule.saved_bytes - inputs
+
+
+@pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight"), ("weight",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_bytes_with_a_gradient_of_the_entropy(dtype: torch.dtype, train: tuple[str, ...]) -> None:
+    case = make_case((200,), 24, 150, dtype, torch.device("cpu"))
+    plan = Plan(keep_logit_grads=True)
+    schedule = plan.schedule(
+        int((case.targets != IGNORED).sum()), 24, 150, dtype, "cpu", train_hidden="hidden" in train,
+        train_weight="weight" in train, statistics=Statistics(entropy=True, entropy_grad=True),
+    )  # fmt: skip
+
+    def entropy(*args: Tensor, **options: Any) -> Tensor:
+        return linear_token_stats(*args, **options, statistics=["entropy"], entropy_grad=True).entropy
+
+    assert bytes_saved(case, train, plan, entropy) == schedule.saved_bytes
+    assert schedule.keep_rows == 0
 
 
 def test_saved_bytes_with_repeated_rows(device: torch.device) -> None:

@@ -126,7 +126,7 @@ class _Chunk:
         if slope is not None:
             self.slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), self.slope_y)
         maximum = z.amax(1)
-        self.statistics.see_competitors(z, maximum, z_at.masked_fill(~inside, torch.nan), at, self.y >= columns.stop)
+        self.statistics.see_competitors(z, maximum, z_at, at, inside, self.y >= columns.stop)
 
         old, self.reference = self.reference, _follow(self.reference, maximum)
         reference = _finite(self.reference)

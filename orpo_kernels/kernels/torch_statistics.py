@@ -34,17 +34,19 @@ class RunningStatistics:
         if self.wanted.mean_logits:
             self.total += z.sum(1)
 
-    def see_competitors(self, z: Tensor, maximum: Tensor, z_at: Tensor, at: Tensor, behind: Tensor) -> None:
+    def see_competitors(
+        self, z: Tensor, maximum: Tensor, z_at: Tensor, at: Tensor, inside: Tensor, behind: Tensor
+    ) -> None:
         """z: [C, Vb], -inf at targets; maximum: [C], of its rows.
 
-        z_at: [C], the target's logit where the tile has it, else NaN. at: [C, 1], its column in the tile. behind: [C],
-        whether the target lies behind the tile.
+        z_at: [C], the target's logit where it is `inside` the tile [C], in column `at` [C, 1]. behind: [C], whether it
+        lies behind.
         """
         if not self.wanted.is_top1:
             return
         self.largest = torch.maximum(self.largest, maximum)
         before = torch.where(behind, maximum, -torch.inf)
-        tied = z_at == maximum
+        tied = inside & (z_at == maximum)
         # On a GPU asking would wait for the device.
         if z.is_cuda or not torch.equal(tied, torch.zeros_like(tied)):
             assert self.tile is not None

@@ -85,7 +85,7 @@ def forward(
             "schedule with full_vocab_tiles=True, and Plan.scratch_bytes large enough for that"
         )
     what = "exponentials" if want_u else "sums"
-    config = config or _default_config(head, what, min(n, schedule.forward_chunk))
+    config = config or _default_config(head, what, min(n, schedule.forward_chunk), bool(wanted.asked))
     launch = _Launcher(head, config)
     statistics = GatheredStatistics(wanted, n, v, device)
     log_odds = torch.empty(n, dtype=torch.float32, device=device)
@@ -445,11 +445,14 @@ def _fp32_reductions() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = before
 
 
-def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:
-    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any."""
+def _default_config(head: Head, what: str, tokens: int, row_or_column_sums: bool = False) -> TileConfig:
+    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any.
+
+    row_or_column_sums: the epilogue adds up more than the exponentials, for statistics or the bias's gradient.
+    """
     device, dtype, hidden_size = head.weight.device, head.compute_dtype, head.weight.shape[1]
     target = configs.target_of(device)
-    heavy = bias_gradient or head.softcap is not None
+    heavy = row_or_column_sums or head.softcap is not None
     default = configs.default(target, dtype, tokens, hidden_size, heavy)
     if target is None or device.type != "cuda":
         return default
