@@ -304,14 +304,14 @@ class LinearLogps(torch.autograd.Function):
         coefficient = torch.zeros_like(one_minus_p) if grad is None else grad.to(one_minus_p.dtype) * one_minus_p
         d_hidden, d_head = None, HeadGradients(None, None)
         if needs.hidden:
-            terms = [(coefficient, saved.u)] if grad is not None else []
+            terms: list[Any] = [(coefficient, saved.u)] if grad is not None else []
             if of_entropy is not None and saved.entropy is not None:
                 terms.append((of_entropy, saved.entropy.u))
             d_hidden = hidden_gradient(ctx.hidden_shape, ctx.hidden_dtype, terms, tokens.rows, groups, plan)
         if needs.head:
             entropy = None
             if of_entropy is not None and saved.entropy is not None:
-                _, own, level = saved.entropy
+                own, level = saved.entropy.own, saved.entropy.level
                 assert own is not None
                 assert level is not None
                 entropy = EntropyGradient(coefficient + of_entropy * own, of_entropy * one_minus_p)
