@@ -13,7 +13,7 @@ and every metric, is then the same on every rank, and the same as in one process
 their sum, `sum over ranks of dL/dS = P dL/dS`, as torch.distributed's own differentiable collectives do. So a rank's
 parameters get P times what its positions contribute, and the mean over the group, which DDP and FSDP take by
 themselves, is the gradient of one process. Who sums the gradients over the group, as DeepSpeed does over that of its
-Ulysses, divides the loss by P.
+Ulysses below ZeRO-3, divides the loss by P.
 
 Which positions a rank holds does not matter, so a balanced cut, as ring attention makes, serves as well as a plain
 one. But a position's target lies at the next one, perhaps on another rank: shift first, then cut (`shift_and_cut`).
