@@ -83,9 +83,9 @@ def test_what_is_not_known_is_refused(card: str, dtype: torch.dtype, message: st
 
 
 def test_estimate_names_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--model", "qwen3-8b", "--device", "h100"]) == 0
+    assert main(["estimate", "--head-only", "--model", "qwen3-8b", "--device", "h100"]) == 0
     out = capsys.readouterr().out
     assert "frozen head, predicted for H100 SXM at 750 TFLOP/s and 3 TB/s:" in out
     assert "u: exponentials x weight" in out
-    assert main(["estimate", "--model", "qwen3-8b", "--device", "h100", "--dtype", "float32"]) == 2
+    assert main(["estimate", "--head-only", "--model", "qwen3-8b", "--device", "h100", "--dtype", "float32"]) == 2
     assert "dtype=torch.float32" in capsys.readouterr().err

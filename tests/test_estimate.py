@@ -95,9 +95,9 @@ def test_a_models_folder(tmp_path: Path):
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]):
-    assert main(["estimate", "--model", "llama-3-8b", "--pairs", "4", "--length", "4096"]) == 0
+    assert main(["estimate", "--head-only", "--model", "llama-3-8b", "--pairs", "4", "--length", "4096"]) == 0
     printed = capsys.readouterr().out
     assert "frozen head" in printed
     assert "128256" in printed.replace(",", "")
-    assert main(["estimate", "--model", "nobody"]) == 2
+    assert main(["estimate", "--head-only", "--model", "nobody"]) == 2
     assert "nobody" in capsys.readouterr().err
