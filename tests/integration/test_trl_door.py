@@ -56,21 +56,16 @@ COVERING = [
         if at < 3
     ),
     ("DPO forward_kl", "gemma2", True),
-    ("DPO js_divergence", "llama", True),
-    ("DPO alpha_divergence", "llama", False),
     ("DPO ld_alpha", "llama", True),
     ("DPO WPO", "gemma2", False),
     ("DPO, reference beforehand", "llama", True),
     ("SFT", "gemma2", False),
     ("SFT dft", "llama", True),
-    ("SFT, accumulation", "llama", False),
-    ("KTO", "llama", True),
-    ("KTO apo_zero_unpaired", "gemma2", False),
+    ("KTO", "gemma2", True),
     ("GRPO, entropy bonus", "gemma2", False),
     ("GRPO, entropy bonus", "llama", True),
     ("GRPO, KL", "llama", False),
     ("RLOO", "llama", True),
-    ("RLOO", "gemma2", False),
 ]
 RUNS = DPO | OTHERS | SUMS
 

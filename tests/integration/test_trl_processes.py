@@ -29,6 +29,8 @@ SETUPS: dict[str, dict[str, Any]] = {
     "FSDP2": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP2},
     "FSDP2, shared rows": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP2, "packing": True},
 }
+# What the others show in part.
+WIDE = ("DDP, LoRA", "DDP, shared rows")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +81,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     "TRL `DPOTrainer` under {name}",
     "2 processes (gloo, CPU), 3 steps, against stock TRL in 1 process: losses and weights",
 )
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if name in WIDE else []) for name in SETUPS]
+)
 def test_two_processes_are_one(name: str, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CI", "1")
     peft = SETUPS[name].get("peft")
