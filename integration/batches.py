@@ -8,6 +8,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .packing.layout import Layout
+    from .packing.sequences import SequenceLayout
 
 
 class TokenizedRow(TypedDict):
@@ -56,3 +57,19 @@ class FlatBatch(TypedDict):
     pair: Tensor
     kind: Tensor
     layout: Layout
+
+
+class SequenceBatch(TypedDict):
+    """S sequences in a layout (`packing.sequences`).
+
+    input_ids, position_ids, attention_mask: [rows, T] int64. places: [M] int64, where the tokens of each sequence lie
+    (flattened), one sequence's after the other's. rows, targets: [N] int64, of every token but a sequence's first.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    places: Tensor
+    rows: Tensor
+    targets: Tensor
+    layout: SequenceLayout

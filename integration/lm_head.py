@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,13 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
+from orpo_kernels.linear_token_stats import STATISTICS, TokenStats, check_temperature, statistics_of
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
-from .head.call import Request, check_shape, forward, gathered, join, run
+from .head.call import Request, check_shape, forward, join, run
 from .head.logit_transform import PLACEHOLDERS, Transform, check_untrained, infer_transform, placeholder_values
 from .head.lora import virtual_tokens
 from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_adapters, unpatch
+from .head.sharded import gathered
 
 logger = logging.getLogger("orpo_kernels")
 
@@ -40,12 +43,14 @@ class ModelLogps:
 
     model: as given to `attach`, or a wrapper put around it later (accelerate, DDP): pass that to `logps`.
     transform: what the model does to its logits after the head; None until the first batch told.
+    in_fp32: multiply in fp32, outside autocast, whatever the head and its input are in. False until set.
     """
 
     def __init__(self, model: nn.Module, plan: Plan | None = None) -> None:
         self.model = model
         self.plan = plan
         self.transform: Transform | None = None
+        self.in_fp32 = False
         self.head, self.adapters = head_and_adapters(model)
         patch(self.head, forward)
         patch_adapters(self.adapters, forward)
@@ -55,7 +60,7 @@ class ModelLogps:
         self,
         targets: Tensor,
         *,
-        model: nn.Module | None = None,
+        model: Callable[..., Any] | None = None,
         rows: Tensor | None = None,
         hidden_shape: torch.Size | None = None,
         ignore_index: int = -100,
@@ -65,7 +70,7 @@ class ModelLogps:
         """Run the model and return (log-probabilities, outputs).
 
         targets: [B, T] int64 aligned with the hidden states (`shift_labels`), `ignore_index` where not scored.
-        model: the wrapped model to call; by default the one attached.
+        model: the wrapped model to call, or a forward of the model's own; by default the model attached.
         rows: int64, shaped like targets: the flattened hidden row that predicts each; targets may then have any
             shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`, to
             which PEFT's prompt tuning adds positions that `rows` does not count).
@@ -83,6 +88,50 @@ class ModelLogps:
         Raises ValueError for targets or inputs that do not fit, RuntimeError when the head was not called
         exactly once, or when the model treats its logits in a way that cannot be taken exactly.
         """
+        answer, outputs = self._ask(
+            targets, model, rows, hidden_shape, ignore_index, inputs, mean_logits_over=mean_logits_over
+        )
+        return answer.logps, outputs
+
+    def token_stats(
+        self,
+        targets: Tensor,
+        *,
+        statistics: Collection[str] = STATISTICS,
+        entropy_grad: bool = False,
+        temperature: float = 1.0,
+        model: Callable[..., Any] | None = None,
+        rows: Tensor | None = None,
+        hidden_shape: torch.Size | None = None,
+        ignore_index: int = -100,
+        **inputs: Any,
+    ) -> tuple[TokenStats, Any]:
+        """Run the model and return (log-probabilities with statistics of each token's distribution, outputs).
+
+        statistics, entropy_grad: as for `orpo_kernels.linear_token_stats`.
+        temperature: what the model's logits, scaled and capped as it does, are divided by.
+
+        All else is as for `logps`; under torch.compile, the head is left out of the graph.
+        """
+        wanted = statistics_of(statistics, entropy_grad)
+        check_temperature(temperature)
+        return self._ask(
+            targets, model, rows, hidden_shape, ignore_index, inputs, wanted=wanted, temperature=temperature
+        )
+
+    def _ask(
+        self,
+        targets: Tensor,
+        model: Callable[..., Any] | None,
+        rows: Tensor | None,
+        hidden_shape: torch.Size | None,
+        ignore_index: int,
+        inputs: dict[str, Any],
+        *,
+        mean_logits_over: Tensor | Sequence[Tensor] | None = None,
+        wanted: Statistics = NO_STATISTICS,
+        temperature: float = 1.0,
+    ) -> tuple[TokenStats, Any]:
         call = self.model if model is None else model
         _check_call(call, inputs)
         self._follow()
@@ -104,25 +153,30 @@ class ModelLogps:
             raise ValueError(f"targets has shape {tuple(targets.shape)}: it must be {tuple(hidden_shape)}")
         vocab_size, num_rows = head_rows(self.head), hidden_shape.numel()
         scored = select_scored(targets, vocab_size, num_rows, ignore_index=ignore_index, rows=rows)
-        request = Request(targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over)
+        request = Request(
+            targets, rows, ignore_index, scored, hidden_shape, Transform(), self.plan, mean_logits_over, wanted,
+            temperature, self.in_fp32,
+        )  # fmt: skip
         if self.transform is None:
             _say_if_tied(self.model, self.head)
-            self.transform = _find_transform(call, replace(request, only_placeholders=True), inputs)
+            self.transform = _find_transform(self.model, call, replace(request, only_placeholders=True), inputs)
         request.transform = self.transform
         outputs = run(call, request, inputs)
-        logits = gathered(outputs.logits)
+        logits = _one_set(gathered(outputs.logits), request)
         _check_placeholders(logits, request)
         check_untrained(logits)
-        assert request.logps is not None
-        if logits.requires_grad and not request.logps.requires_grad:
+        assert request.answer is not None
+        if logits.requires_grad and not request.answer.logps.requires_grad:
             raise RuntimeError(
                 "the head ran without gradients inside a model that has them: it lies in a reentrant checkpoint. "
                 "Checkpoint the layers, not the head"
             )
         if request.mean_logits is not None:
             outputs["mean_logits"] = request.mean_logits
-        logps = join(request.logps, logits)
-        return logps[..., virtual:] if rows is None else logps, outputs
+        answer = join(logits, request.answer, wanted)
+        if virtual and rows is None:
+            answer = answer.map(lambda x: x[..., virtual:])
+        return answer, outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""
@@ -161,18 +215,17 @@ def attached(model: nn.Module, plan: Plan | None = None) -> Iterator[ModelLogps]
         handle.detach()
 
 
-def _find_transform(call: nn.Module, request: Request, inputs: dict[str, Any]) -> Transform:
+def _find_transform(model: nn.Module, call: Callable[..., Any], request: Request, inputs: dict[str, Any]) -> Transform:
     """Send the placeholders through the whole wrapped model once, and leave the random numbers as they were."""
-    devices = {p.device.index for p in call.parameters() if p.is_cuda}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
     if torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())  # that of offloaded weights
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        logits = gathered(run(call, request, inputs).logits)
-    _check_columns(logits)
+        logits = _one_set(gathered(run(call, request, inputs).logits), request)
     return infer_transform(logits.reshape(-1, len(PLACEHOLDERS))[0].tolist(), logits.dtype)
 
 
-def _check_call(call: nn.Module, inputs: dict[str, Any]) -> None:
+def _check_call(call: Callable[..., Any], inputs: dict[str, Any]) -> None:
     if inputs.get("labels") is not None:
         raise ValueError("labels were passed: the model would compute its own loss from placeholders; leave them out")
     wrapper: Any = call
@@ -208,17 +261,18 @@ def _input_shape(inputs: dict[str, Any]) -> torch.Size:
     raise ValueError("rows was given without input_ids: give hidden_shape, the [B, T] of what the head is given")
 
 
-def _check_columns(logits: Tensor) -> None:
-    if logits.shape[-1] != len(PLACEHOLDERS):
+def _one_set(logits: Tensor, request: Request) -> Tensor:
+    """One set of placeholders, of as many as there are ranks where the outputs of a head in slices are gathered."""
+    if logits.shape[-1] not in (len(PLACEHOLDERS), request.copies * len(PLACEHOLDERS)):
         raise RuntimeError(
             f"the model's logits have {logits.shape[-1]} columns where the head returned {len(PLACEHOLDERS)}: "
             "something else computed or joined them"
         )
+    return logits[..., : len(PLACEHOLDERS)]
 
 
 def _check_placeholders(logits: Tensor, request: Request) -> None:
     """The placeholders must arrive as the transform has them; one row is looked at."""
-    _check_columns(logits)
     check_shape(logits.shape[:-1], request.hidden_shape)
     seen = logits.detach().reshape(-1, len(PLACEHOLDERS))[:1].to(torch.float32)
     expected = request.transform(placeholder_values(seen, torch.float32)).expand_as(seen)

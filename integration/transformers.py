@@ -56,6 +56,7 @@ from .training.head_access import HeadAccess, read_streams_everywhere
 from .training.memory_told import MemoryTold
 from .training.row_order import RowOrder
 from .training.running import RunningMetrics
+from .training.sequence_parallel import CutSequences
 
 __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 
@@ -159,7 +160,7 @@ class ORPOConfig(TrainingArguments):
         return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
-class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
+class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows, Trainer):
     """`transformers.Trainer` with the ORPO loss; arguments as TRL's trainer of that name.
 
     model: a causal language model, a folder or name to load one from, or None with `model_init`.
@@ -221,7 +222,7 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         train_rows, self.data_summary = self._prepare("train_dataset", train_dataset, args.per_device_train_batch_size)
         eval_rows, self.eval_data_summary = self._prepare("eval_dataset", eval_dataset, args.per_device_eval_batch_size)
         tokens = {} if self.data_summary is None else self._tokens_a_batch(train_rows)
-        data_collator = self._collator(data_collator, tokens)
+        collator = self._collator(data_collator, tokens)
         read_streams_everywhere(args)
         assert args.beta is not None  # ORPOConfig has put the preset's in its place
         self._running = RunningMetrics(beta=args.beta, preset=self.preset)
@@ -230,7 +231,7 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -241,6 +242,7 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         # Whether Trainer divides the loss by the number of micro-batches hangs on this and on a count being given.
         self.model_accepts_loss_kwargs = args.loss_normalization == "global"
         self.label_names = ["targets"]
+        self._prepare_to_cut(data_collator)
         if tokens:
             announce(f"training data: {self.data_summary}\n{self._layout_told(tokens)}", args)
 
@@ -265,16 +267,14 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         if args.packs_where_worth_it and (given is not None or not self._is_worth_packing(tokens)):
             wanted = "padded"
         if given is None and wanted == "padded":
-            nll_over: NllOver = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
-            return PreferenceCollator(tokenizer, padding_value=args.padding_value, nll_over=nll_over)
+            return self._padded_collator()
         if given is None:
-            nll_over = "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
             return LayoutCollator(
                 tokenizer,
                 wanted,
                 row_length=args.packing_length,
                 padding_value=args.padding_value,
-                nll_over=nll_over,
+                nll_over=self._nll_over,
             )
         if wanted != "padded" and not isinstance(given, LayoutCollator):
             raise ValueError(
@@ -282,6 +282,14 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
                 f"share_prefix={args.share_prefix!r}: leave it out, or use data.LayoutCollator"
             )
         return given
+
+    @property
+    def _nll_over(self) -> NllOver:
+        return "chosen" if self.preset.nll_over == "chosen" else "prompt+chosen"
+
+    def _padded_collator(self) -> PreferenceCollator:
+        tokenizer: Any = self.processing_class
+        return PreferenceCollator(tokenizer, padding_value=self.args.padding_value, nll_over=self._nll_over)
 
     def _is_worth_packing(self, tokens: dict[Name, float]) -> bool:
         """Whether fewer tokens are computed by a tenth, with attention that has been measured to profit."""
@@ -295,7 +303,9 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         used: Name = getattr(self.data_collator, "name", "padded")
         best: Name = self.args.layout if self.args.layout != "padded" else "shared"
         saved = 1 - tokens[best] / tokens["padded"]
-        if used == "padded":
+        if self._cut > 1:
+            meaning = f"rows are padded, and cut over {self._cut} ranks"
+        elif used == "padded":
             meaning = f"rows are padded; packing=True would compute {saved:.0%} fewer tokens"
         else:
             meaning = f"rows are {used}, which computes {saved:.0%} fewer tokens than padded ones"
@@ -311,8 +321,10 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
         score = self._score_layout if "layout" in inputs else self._score_padded
         logps, outputs = score(model, inputs)
-        output = orpo_from_sums(self._pair_sums(logps, inputs), beta=self.args.beta, preset=self.preset, **normalizers)
-        loss = output.loss
+        group = self._sequence_group(model.training)
+        of = self._pair_sums(logps, inputs).over_ranks(group)
+        output = orpo_from_sums(of, beta=self.args.beta, preset=self.preset, **normalizers)
+        loss = self._averaged(output.loss, group)
         if counts is not None:
             # DDP averages gradients over processes; the counts are already global.
             loss = loss * self.accelerator.num_processes
@@ -322,12 +334,13 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
             loss = loss + aux_loss / (self.current_gradient_accumulation_steps if counts is not None else 1)
         else:
             aux_loss = None
-        of = self._pair_sums(for_metrics(logps), inputs)
-        return loss, pair_rows(of, outputs.get("mean_logits"), aux_loss=aux_loss), outputs
+        of = self._pair_sums(for_metrics(logps), inputs).over_ranks(group)
+        return loss, pair_rows(of, self._mean_logits(outputs, inputs, group), aux_loss=aux_loss), outputs
 
     def _score_padded(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """(log-probs [2B, T], the model's outputs) of `PreferenceCollator`'s batch."""
-        arguments = {name: value for name, value in inputs.items() if name not in ("targets", "nll_targets")}
+        ours = ("targets", "nll_targets", "labels", "shift_labels")  # the last two are there for Ulysses' adapter only
+        arguments = {name: value for name, value in inputs.items() if name not in ours}
         return self.head_logps.logps(
             merge_targets(inputs["targets"], self._nll_targets(inputs)),
             model=model,
@@ -381,6 +394,8 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
         counts = torch.zeros(2, device=device)
         for batch in batch_samples:
             of = self._pair_sums(torch.zeros(batch["targets"].shape), batch)
+            if self._sp_size > 1:  # cut already; context parallelism will do it within the step
+                of = PairSums(*(part.to(device) for part in of)).over_ranks(self._sequence_group(training=True))
             counts += torch.stack([of.nll_count(self.preset), of.pair_is_valid.sum()]).to(counts)
         return self.accelerator.gather(counts).view(-1, 2).sum(0)
 
@@ -405,10 +420,10 @@ class ORPOTrainer(MemoryTold, HeadAccess, RowOrder, EvaluationRows, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        cut, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))
+        with cut(), torch.no_grad(), self.compute_loss_context_manager():
             loss, rows, _ = self.orpo(model, inputs)
-        self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        self._eval_rows.append(self._once_each(rows))
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:

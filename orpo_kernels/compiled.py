@@ -46,7 +46,8 @@ def _forward(
     scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
     tokens, head = Tokens(hidden, scored.rows, scored.targets), options.head(weight, bias, adapter)
-    logps, saved = logps_forward(tokens, head, options.plan, Needs(*needs))
+    answer, saved = logps_forward(tokens, head, options.plan, Needs(*needs))
+    logps = answer.logps
     positions = scored.positions
     if positions is None:
         positions = torch.arange(targets.numel(), device=targets.device)
@@ -99,7 +100,7 @@ def _backward(
     groups = None if rows is None else group_rows(token_rows)
     d_hidden, d_head = None, HeadGradients(None, None)
     if wants.hidden:
-        d_hidden = hidden_gradient(hidden.shape, hidden.dtype, coefficient, u, token_rows, groups, options.plan)
+        d_hidden = hidden_gradient(hidden.shape, hidden.dtype, [(coefficient, u)], token_rows, groups, options.plan)
     if wants.head:
         saved = Saved(one_minus_p, lse, None, KeptLogitGrads([kept], reference, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))

@@ -131,11 +131,10 @@ def predict(
     def total(pieces: list[int], of: tuple[float, ...], size: int) -> float:
         return sum(of) * sum(pieces) / max(size, 1)
 
-    parts: list[Part] = []
     forward = [min(schedule.forward_chunk, n - start) for start in range(0, n, max(schedule.forward_chunk, 1))]
     chunk = forward[0] if forward else 0
     logits, epilogue = tiles(chunk, v, _EXPONENTIALS) if chunk else (0.0, 0.0)
-    parts += [
+    parts = [
         Part("logits", total(forward, (logits,), chunk)),
         Part("   exponentials", total(forward, (epilogue,), chunk)),
     ]
@@ -150,10 +149,7 @@ def predict(
         blocks = ceil(v / block)
         if rows:
             again, epilogue = tiles(rows, block, _GRADIENT)
-            parts += [
-                Part("logits again", again * v / block),
-                Part("   their gradients", epilogue * v / block),
-            ]
+            parts += [Part("logits again", again * v / block), Part("   their gradients", epilogue * v / block)]
         cuts = ceil(rows / schedule.backward_chunk) + ceil(schedule.keep_rows / schedule.backward_chunk)
         weight = product(n, block, 2 * d * (n + block) + 2 * n * block)
         parts.append(Part("gradients x hidden", weight * v / block))

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from orpo_kernels.autograd import HeadOptions, LinearLogps, Needs
+from orpo_kernels.autograd import HeadOptions, LinearLogps, Needs, TokenStats
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import ScoredTokens, select_scored
 
@@ -52,7 +53,7 @@ def linear_logps(
     Raises ValueError or TypeError that names the argument, its value and what it must be.
     """
     options = head_options(hidden, weight, bias=bias, logit_scale=logit_scale, softcap=softcap, plan=plan)
-    _check_targets(hidden, targets, rows)
+    check_targets(hidden, targets, rows)
     if torch.compiler.is_compiling():
         from orpo_kernels.compiled import compiled_linear_logps
 
@@ -76,7 +77,21 @@ def scored_logps(
     adapter: [V, r], a low-rank update beside the weight, in any floating dtype: hidden is then [..., D + r], the
     adapter's input behind the head's.
     """
-    logps = LinearLogps.apply(
+    return scored_token_stats(hidden, weight, bias, scored, shape, options, adapter, NO_STATISTICS).logps
+
+
+def scored_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scored: ScoredTokens,
+    shape: torch.Size,
+    options: HeadOptions,
+    adapter: Tensor | None,
+    wanted: Statistics,
+) -> TokenStats:
+    """`linear_token_stats` for tokens that have been selected already; arguments as of `scored_logps`."""
+    logps, *statistics = LinearLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -86,10 +101,15 @@ def scored_logps(
         options,
         Needs.of(hidden, weight, bias, adapter),
         adapter,
+        wanted,
     )
-    if scored.positions is None:
-        return logps.view(shape)
-    return logps.new_zeros(math.prod(shape)).index_copy(0, scored.positions, logps).view(shape)
+
+    def placed(x: Tensor) -> Tensor:
+        if scored.positions is None:
+            return x.view(shape)
+        return x.new_zeros(math.prod(shape)).index_copy(0, scored.positions, x).view(shape)
+
+    return TokenStats(logps, *statistics).map(placed)
 
 
 def head_options(
@@ -101,8 +121,10 @@ def head_options(
     softcap: float | None,
     plan: Plan | None,
     adapter: Tensor | None = None,
+    is_slice: bool = False,
 ) -> HeadOptions:
-    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`."""
+    """The checked options of a head; raises as `linear_logps` does. adapter: as for `scored_logps`. is_slice: the
+    weight is one rank's rows, of which there may be none."""
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, D]")
     vocab_size, hidden_size = weight.shape
@@ -115,7 +137,7 @@ def head_options(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: the last size of hidden "
             f"must be weight's D={hidden_size}"
         )
-    if vocab_size == 0 or hidden_size == 0:
+    if (vocab_size == 0 and not is_slice) or hidden_size == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: V and D must be at least 1")
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be [V] = [{vocab_size}]")
@@ -153,7 +175,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
     return hidden.dtype
 
 
-def _check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+def check_targets(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
     if targets.dtype not in _INTEGERS:
         raise TypeError(f"targets has dtype {targets.dtype}: it must hold integer token ids (int64)")
     if targets.device != hidden.device:

@@ -6,6 +6,8 @@ only). Both look at the same log-probabilities, so the union of their targets is
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,9 @@ from orpo_kernels.linear_logps import linear_logps
 from orpo_kernels.objective import OrpoOutput, orpo_objective
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import Preset, check_weight, get_preset
+
+if TYPE_CHECKING:
+    from orpo_kernels.sequence_parallel import Group
 
 
 def orpo_loss(
@@ -28,6 +33,7 @@ def orpo_loss(
     ignore_index: int = -100,
     preset: str | Preset | None = None,
     plan: Plan | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The ORPO loss of B pairs, without the logits.
 
@@ -40,6 +46,8 @@ def orpo_loss(
     beta: weight of the odds-ratio term; by default the preset's, 0.1 without a preset.
     preset: "trl", "llama_factory", "paper", a `Preset`, or None.
     logit_scale, softcap, ignore_index, plan: as for `linear_logps`.
+    group: the ranks over which the sequences are cut, T then being this rank's positions (`sequence_parallel`): the
+        output is that of the whole sequences on every rank, and gradients are to be averaged over the group.
 
     Returns `OrpoOutput`; `.loss` is differentiable in hidden, weight and bias.
 
@@ -60,7 +68,15 @@ def orpo_loss(
         ignore_index=ignore_index,
         plan=plan,
     )
-    return orpo_from_logps(logps, targets, nll_targets=nll_targets, beta=beta, preset=preset, ignore_index=ignore_index)
+    return orpo_from_logps(
+        logps,
+        targets,
+        nll_targets=nll_targets,
+        beta=beta,
+        preset=preset,
+        ignore_index=ignore_index,
+        group=group,
+    )
 
 
 class OrpoLoss(nn.Module):
@@ -78,6 +94,7 @@ class OrpoLoss(nn.Module):
         ignore_index: int = -100,
         preset: str | Preset | None = None,
         plan: Plan | None = None,
+        group: Group | None = None,
     ) -> None:
         super().__init__()
         self.preset = get_preset(preset)
@@ -87,6 +104,7 @@ class OrpoLoss(nn.Module):
         self.softcap = softcap
         self.ignore_index = ignore_index
         self.plan = plan
+        self.group = group
 
     def forward(
         self,
@@ -108,6 +126,7 @@ class OrpoLoss(nn.Module):
             ignore_index=self.ignore_index,
             preset=self.preset,
             plan=self.plan,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -153,10 +172,11 @@ def orpo_from_logps(
     ignore_index: int = -100,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on per-token log-probabilities [2B, T] of `merge_targets(targets, nll_targets)`.
 
-    The normalizers are those of `orpo_objective`; the rest as for `orpo_loss`.
+    The normalizers and group are those of `orpo_objective`; the rest as for `orpo_loss`.
     """
     preset = get_preset(preset)
     pairs = targets.shape[0] // 2
@@ -179,4 +199,5 @@ def orpo_from_logps(
         preset=preset,
         nll_normalizer=nll_normalizer,
         pair_normalizer=pair_normalizer,
+        group=group,
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch import Tensor
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.pair_sums import CHOSEN, PROMPT, REJECTED, PairSums, host_can_look
 from orpo_kernels.presets import Preset, check_weight, get_preset
+
+if TYPE_CHECKING:
+    from orpo_kernels.sequence_parallel import Group
 
 __all__ = ["CHOSEN", "PROMPT", "REJECTED", "OrpoOutput", "orpo_from_sums", "orpo_objective", "orpo_objective_flat"]
 
@@ -115,6 +119,7 @@ def orpo_objective(
     preset: str | Preset | None = None,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on a rectangle of log-probs: B chosen rows, then their B rejected rows.
 
@@ -129,6 +134,9 @@ def orpo_objective(
         nll_normalizer: divides the summed NLL in place of this batch's count (of tokens, or of sequences, as
             the preset averages): a global count makes accumulated micro-batches and ranks add up exactly.
         pair_normalizer: likewise for the summed odds-ratio terms, in place of the count of valid pairs.
+        group: the ranks over which the sequences are cut (`sequence_parallel`); the log-probs are then those of
+            this rank's positions, and everything that comes back is that of the whole sequences, on every rank.
+            Gradients are to be averaged over it.
 
     Raises:
         ValueError: an odd number of rows; shapes that differ; beta or a normalizer negative or not finite; an
@@ -151,7 +159,7 @@ def orpo_objective(
     if nll_mask is None:
         nll_mask = completion_mask[:num_pairs]
     return orpo_from_sums(
-        PairSums.of_masks(completion_logps, completion_mask, nll_logps, nll_mask),
+        PairSums.of_masks(completion_logps, completion_mask, nll_logps, nll_mask).over_ranks(group),
         beta=beta,
         preset=preset,
         nll_normalizer=nll_normalizer,
@@ -169,6 +177,7 @@ def orpo_objective_flat(
     preset: str | Preset | None = None,
     nll_normalizer: float | Tensor | None = None,
     pair_normalizer: float | Tensor | None = None,
+    group: Group | None = None,
 ) -> OrpoOutput:
     """The objective on flat arrays, one entry a scored token, in any order.
 
@@ -178,7 +187,7 @@ def orpo_objective_flat(
         kind: [N] int64, PROMPT, CHOSEN or REJECTED. The NLL runs over CHOSEN tokens and, unless the preset
             has `nll_over="chosen"`, over PROMPT tokens.
         num_pairs: B.
-        beta, preset, nll_normalizer, pair_normalizer: as for `orpo_objective`.
+        beta, preset, nll_normalizer, pair_normalizer, group: as for `orpo_objective`.
 
     Raises:
         ValueError: shapes that differ; a pair or kind out of range (on an accelerator, where finding out
@@ -187,7 +196,7 @@ def orpo_objective_flat(
     """
     preset = get_preset(preset)
     return orpo_from_sums(
-        PairSums.of_flat(logps, pair, kind, num_pairs=num_pairs, preset=preset),
+        PairSums.of_flat(logps, pair, kind, num_pairs=num_pairs, preset=preset).over_ranks(group),
         beta=beta,
         preset=preset,
         nll_normalizer=nll_normalizer,

@@ -7,13 +7,16 @@ batches look alike.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.odds_ratio import check_logps
 from orpo_kernels.presets import Preset
+
+if TYPE_CHECKING:
+    from orpo_kernels.sequence_parallel import Group
 
 # Kinds of scored token: in the chosen sequence's NLL only; in the chosen completion; in the rejected one.
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -75,6 +78,14 @@ class PairSums(NamedTuple):
         sums, counts = sums.view(3, num_pairs), counts.view(3, num_pairs)  # by kind
         in_nll = slice(CHOSEN if preset.nll_over == "chosen" else PROMPT, REJECTED)
         return cls(sums[CHOSEN:].flatten(), counts[CHOSEN:].flatten(), sums[in_nll].sum(0), counts[in_nll].sum(0))
+
+    def over_ranks(self, group: Group | None) -> PairSums:
+        """Those of whole sequences, from those of the positions that each rank of `group` has; None: they are whole."""
+        if group is None:
+            return self
+        from orpo_kernels.sequence_parallel import sum_over_ranks
+
+        return PairSums(*sum_over_ranks(group, *self))
 
     @property
     def num_pairs(self) -> int:

@@ -20,22 +20,15 @@ A unit is 2*N*D*V floating-point operations, one pass of the big product:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from orpo_kernels import traffic
-from orpo_kernels.fit import largest, whole_rows, whole_tokens
-from orpo_kernels.kernels import torch_bytes, triton_bytes
+from orpo_kernels.call import Call
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 
 MIB = 1 << 20
 
-# Measured on the CPU (2 cores, fp32, D=768): products of 600 to 1200 rows by 512 to 1024 columns run fastest,
-# and larger tiles leave the cache.
-_CPU_BLOCK = 1024
-_CPU_CHUNK = 1536
 _CPU_SCRATCH = 32 * MIB
-_GPU_BLOCK = 16384
 # Chunks of about 1024 tokens at V=151936: on an H100 the library's products are at their best there, and 1.5 GiB, in
 # chunks four times as high, made them no faster.
 _GPU_SCRATCH = 384 * MIB
@@ -158,6 +151,8 @@ class Plan:
         has_adapter: bool = False,
         cast: bool = False,
         in_place: bool = False,
+        statistics: Statistics = NO_STATISTICS,
+        ranks: int = 1,
     ) -> Schedule:
         """The loop sizes for N=`tokens`, D=`hidden_size`, V=`vocab_size` in compute dtype `dtype`.
 
@@ -165,72 +160,55 @@ class Plan:
         full_vocab_tiles: tiles span the whole vocabulary (what the Triton kernels write).
         cast: the weight is of another dtype than the compute dtype.
         in_place: the kernels read hidden where it is: every row is scored, and in the compute dtype.
+        statistics: those asked for of every token (`linear_token_stats`). With a gradient of the entropy, nothing is
+            kept of the logit gradients.
+        ranks: over how many the vocabulary is spread, of which this one has V entries.
         """
-        device = torch.device(device)
-        cpu = device.type == "cpu"
-        library = min(CPU_LIBRARY_BYTES, self.budget(device) // 3) if cpu else 0
-        budget = self.budget(device) - library
-        item, wide, v = dtype.itemsize, 8 if dtype == torch.float64 else 4, max(vocab_size, 1)
-        # Numbers of every token: log-odds, logsumexp and, for the kernels, what belongs to its target; or coefficients
-        # on their way from logps to logits.
-        numbers = (6 if full_vocab_tiles else 4) * wide * tokens
-        for_tiles, sizes = budget - numbers, (tokens, hidden_size, v, item)
-        trains = {
-            "train_hidden": train_hidden,
-            "train_weight": train_weight,
-            "cpu": cpu,
-            "full_vocab_tiles": full_vocab_tiles,
-        }
+        call = Call(
+            tokens,
+            hidden_size,
+            max(vocab_size, 1),
+            dtype,
+            torch.device(device).type == "cpu",
+            train_hidden=train_hidden,
+            train_weight=train_weight,
+            softcap=softcap,
+            full_vocab_tiles=full_vocab_tiles,
+            has_adapter=has_adapter,
+            cast=cast,
+            in_place=in_place,
+            statistics=statistics,
+            ranks=ranks,
+        )
+        keep = False if call.entropy_grad else self.keep_logit_grads
+        library = min(CPU_LIBRARY_BYTES, self.budget(device) // 3) if call.cpu else 0
+        for_tiles = self.budget(device) - library - call.numbers
+        costs = call.tile_costs(keeps=bool(keep))
 
-        if full_vocab_tiles:
-            # Kept tiles are multiplied with rows that are made for it.
-            gathers = (not in_place, not in_place or bool(self.keep_logit_grads))
-            cost_forward, cost_whole, cost_backward = triton_bytes.tile_bytes(
-                hidden_size, v, dtype, train_hidden=train_hidden, cast=cast, cpu=cpu, gathers=gathers
-            )
-            forward = whole_rows(for_tiles, cost_forward, max(tokens, 1), v)
-        else:
-            cost_forward, cost_backward = torch_bytes.tile_bytes(
-                hidden_size, dtype, softcap=softcap, has_adapter=has_adapter, cpu=cpu
-            )
-            cost_whole, block = cost_backward, min(_CPU_BLOCK if cpu else _GPU_BLOCK, v)
-            forward = largest(for_tiles, cost_forward, max(tokens, 1), block, _CPU_CHUNK if cpu else None)
-
+        forward = call.forward_tile(for_tiles, costs.forward)
         keep_rows = row_kept = 0
-        if train_weight and self.keep_logit_grads and forward is not None:
-            if full_vocab_tiles:
-                row_kept = triton_bytes.kept_bytes(v, dtype)
-            else:
-                row_kept = torch_bytes.kept_bytes(v, dtype, forward[1])
-            keep_rows = tokens if self.keep_logit_grads is True else min(tokens, int(self.keep_logit_grads) // row_kept)
-
-        backward: tuple[int, int] | None = (0, 0)
-        if train_weight and full_vocab_tiles:
-            moved = partial(_moved_backward, sizes, trains)
-            if 0 < keep_rows < tokens:  # two products, whatever the chunk
-                cost_whole = cost_backward
-            backward = whole_tokens(for_tiles, cost_whole, cost_backward, max(tokens, 1), v, moved)
-        elif train_weight:
-            backward = largest(for_tiles, cost_backward, max(tokens, 1), block)
+        if train_weight and keep and forward is not None:
+            row_kept = call.kept_bytes(forward[1])
+            keep_rows = tokens if keep is True else min(tokens, int(keep) // row_kept)
+        if 0 < keep_rows < tokens:  # two products, whatever the chunk
+            costs = costs._replace(whole=costs.backward)
+        backward = call.backward_tile(for_tiles, costs)
         if forward is None or backward is None:
-            least = max(cost_forward.of(1, v if full_vocab_tiles else 1), cost_backward.of(1, 1) if train_weight else 0)
-            raise self._too_small(numbers + least, device, f"N={tokens}, D={hidden_size}, V={vocab_size}, {dtype}")
-        for_backward = (cost_whole if backward[0] >= tokens else cost_backward).of(*backward)
+            least = call.numbers + call.least(costs)
+            raise self._too_small(least, torch.device(device), f"N={tokens}, D={hidden_size}, V={vocab_size}, {dtype}")
+        for_backward = (costs.whole if backward[0] >= tokens else costs.backward).of(*backward)
         kept_share = keep_rows / tokens if tokens else 0.0
-        row_saved = _saved_bytes(hidden_size, wide, wide if cpu else item, train_hidden, train_weight)
         return Schedule(
             *forward,
             *backward,
             keep_rows,
-            library + numbers + max(cost_forward.of(*forward), for_backward),
-            tokens * row_saved + keep_rows * row_kept,
-            2.0 if train_hidden else 1.0,
+            library + call.numbers + max(costs.forward.of(*forward), for_backward),
+            tokens * call.saved_bytes + keep_rows * row_kept,
+            (3.0 if call.entropy_grad else 2.0) if train_hidden else 1.0,
             (2.0 - kept_share) if train_weight else 0.0,
             "triton" if full_vocab_tiles else "torch",
-            *traffic.moved(
-                *sizes, chunks=(forward[0], backward[0]), backward_block=backward[1], keep_rows=keep_rows, **trains
-            ),
-            v * hidden_size * item if full_vocab_tiles and cast else 0,
+            *call.moved((forward[0], backward[0]), backward[1], keep_rows),
+            call.vocab_size * hidden_size * dtype.itemsize if full_vocab_tiles and cast else 0,
         )
 
     def _too_small(self, least: int, device: torch.device, sizes: str) -> ScratchTooSmall:
@@ -240,13 +218,3 @@ class Plan:
         return ScratchTooSmall(
             f"Plan.scratch_bytes={self.budget(device)} cannot hold one tile for {sizes}: give at least {least} bytes"
         )
-
-
-def _moved_backward(sizes: tuple[int, int, int, int], trains: dict[str, bool], chunk: int, block: int) -> int:
-    return traffic.moved(*sizes, chunks=(chunk, chunk), backward_block=block, keep_rows=0, **trains)[1]
-
-
-def _saved_bytes(hidden_size: int, wide: int, of_u: int, train_hidden: bool, train_weight: bool) -> int:
-    """What autograd holds of a token, kept logit gradients aside. of_u: bytes of a number of u."""
-    row = 2 * wide + 8 if train_hidden or train_weight else 0  # 1 - p, log-prob, row
-    return row + (hidden_size * of_u if train_hidden else 0) + (wide + 8 if train_weight else 0)  # logsumexp, target

@@ -21,23 +21,29 @@ from typing import Any
 import pytest
 import torch
 
-SECTIONS = ("Trainers", "Wrappers", "Adapters", "Architectures", "Layouts")
+SECTIONS = ("Trainers", "Wrappers", "Adapters", "Architectures", "Layouts", "Causal language models", "Their layouts")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "axolotl", "llamafactory")
 KEPT = Path("build/compatibility.json")
 _HEADER = """# What works with what
 
-Made by `make compatibility` from the tests that ran; not written by hand. Losses and gradients are the largest
+Made by `make {target}` from the tests that ran; not written by hand. Losses and gradients are the largest
 relative errors found against full logits: of a step's loss, over all steps, and of a parameter's gradient in the
 first step (Frobenius norm). All on {machine}.
 """
 
 _measured: dict[str, float] = {}
+_noted: list[str] = []
 
 
 def measured(**errors: float) -> None:
     """Note relative errors (`losses`, `gradients`) of the test that is running."""
     for name, error in errors.items():
         _measured[name] = max(_measured.get(name, 0.0), error)
+
+
+def note(text: str) -> None:
+    """Put a remark of the test that is running beside its row's limits."""
+    _noted.append(text)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,13 +62,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = outcome.get_result()
     if call.when == "setup":
         _measured.clear()
+        _noted.clear()
     for mark in item.iter_markers("shows"):
         section, row, how, limits = (*mark.args, "")[:4]
         callspec = getattr(item, "callspec", None)
         if callspec is not None:
             row = row.format(id=callspec.id, **callspec.params)
         # What a report carries reaches the process that started the workers.
-        report.user_properties.append(("shows", [section, row, how, limits, dict(_measured)]))
+        report.user_properties.append(
+            ("shows", [section, row, how, "; ".join(filter(None, [limits, *_noted])), dict(_measured)])
+        )
 
 
 class _Table:
@@ -91,7 +100,7 @@ class _Table:
         KEPT.parent.mkdir(exist_ok=True)
         KEPT.write_text(json.dumps(kept, indent=1))
         self.file.parent.mkdir(exist_ok=True)
-        self.file.write_text(table(kept), encoding="utf-8")
+        self.file.write_text(table(kept, target=self.file.stem), encoding="utf-8")
 
 
 def _versions() -> str:
@@ -104,8 +113,8 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def table(tests: dict[str, dict[str, Any]]) -> str:
-    """The Markdown text of the tests' results."""
+def table(tests: dict[str, dict[str, Any]], *, target: str = "compatibility") -> str:
+    """The Markdown text of the tests' results. target: what make calls that which ran them."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     environments: list[str] = []
     for found in tests.values():
@@ -119,9 +128,9 @@ def table(tests: dict[str, dict[str, Any]]) -> str:
                 row["measured"][error] = max(row["measured"].get(error, 0.0), value)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {card}"
-    lines = [_HEADER.format(machine=machine), "Environments:", ""]
+    lines = [_HEADER.format(machine=machine, target=target), "Environments:", ""]
     lines += [f"{index}. {environment}" for index, environment in enumerate(environments, 1)]
-    for section in SECTIONS:
+    for section in [section for section in SECTIONS if any(of == section for of, _ in rows)]:
         lines += ["", f"## {section}", "", "| what | how tested | losses | gradients | result | limits | env. |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for (of, name), row in rows.items():
@@ -140,6 +149,6 @@ def _result(tests: list[dict[str, Any]]) -> str:
     for result in ("failed", "skipped"):
         having = [test for test in tests if test["result"] == result]
         if having:
-            reason = having[0]["reason"]
+            reason = " ".join(having[0]["reason"].replace("|", "/").split())[:150]
             return f"**{result}** ({len(having)} of {len(tests)}){': ' + reason if reason else ''}"
     return f"{len(tests)} passed"

@@ -18,7 +18,7 @@ from orpo_kernels.bench.problem import IGNORED, Problem, make_inputs
 
 TINY = Problem(pairs=2, length=12, hidden_size=16, vocab_size=60)
 # None of them compiles anything.
-EAGER = ["full", "liger-eager", "trl-chunked", "torch-chunked", "torch-plain", "ours", "ours-kept", "ours-12mib"]
+EAGER = ["full", "liger-eager", "trl-fused", "torch-chunked", "torch-plain", "ours", "ours-kept", "ours-12mib"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,21 @@ def test_every_peer_computes_the_same(peer: str, mode: str, solved: dict[bool, P
     for name, trains in (("hidden_gradient", train_hidden), ("weight_gradient", train_weight)):
         assert (errors[name] is not None) == trains, name
         assert errors[name] is None or errors[name] < 1e-5
+
+
+@pytest.mark.parametrize("peer", EAGER)
+def test_statistics_of_every_peer_that_gives_them(peer: str, solved: dict[bool, Path]):
+    problem = specification(peer, "frozen", solved[False])
+    problem["problem"] |= {"statistics": True}
+    found = measure(problem)
+    if not PEERS[peer].statistics:
+        assert (found["status"], found["reason"]) == ("skipped", "it gives no statistics")
+        return
+    if found["status"] == "skipped":
+        pytest.skip(f"{peer}: {found['reason']}")
+    assert found["errors"]["statistics"] < 1e-4
+    assert found["errors"]["hidden_gradient"] < 1e-5
+    assert measure(specification(peer, "frozen", solved[False]))["errors"]["statistics"] is None
 
 
 @pytest.mark.parametrize("mode", ["frozen", "trained"])
@@ -197,7 +212,7 @@ def test_the_command_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureF
         assert row.keys() == {
             *("peer", "label", "logits", "mode", "status", "reason", "samples", "summary", "gradient_bytes", "errors")
         }
-        assert row["errors"].keys() == {"logps", "loss", "hidden_gradient", "weight_gradient"}
+        assert row["errors"].keys() == {"logps", "statistics", "loss", "hidden_gradient", "weight_gradient"}
     assert [row["length"] for row in result["sweep"]] == [8, 8]
     assert list(tmp_path.glob("*.png"))
     assert main(["bench", "--compare", *[str(tmp_path / "result.json")] * 2]) == 0

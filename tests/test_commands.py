@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orpo_kernels.__main__ import main
-from orpo_kernels.commands import check
+from orpo_kernels.commands import check, train_with_trl
 from orpo_kernels.commands.train import DataArguments, build_trainer, load_pairs, parse
 from orpo_kernels.linear_logps import linear_logps
 
@@ -136,12 +137,12 @@ def test_arguments_reach_their_places():
         "--dtype float32 --eval_fraction 0.25 --use_peft --lora_target_modules q_proj lm_head "
         "--beta 0.3 --preset llama_factory --max_length 77 --learning_rate 1e-3"
     )
-    model, data, lora, config = parse(NEEDED + options.split())
+    model, data, lora, config, _ = parse(NEEDED + options.split())
     assert (model.model_name_or_path, model.dtype) == ("m", "float32")
     assert (data.dataset_name, data.eval_fraction) == ("d", 0.25)
     assert (lora.use_peft, lora.lora_target_modules) == (True, ["q_proj", "lm_head"])
     assert (config.beta, config.preset, config.max_length, config.learning_rate) == (0.3, "llama_factory", 77, 1e-3)
-    *_, lora, config = parse(NEEDED)
+    *_, lora, config, _ = parse(NEEDED)
     assert (lora.use_peft, config.beta, config.max_length) == (False, 0.1, 1024)
 
 
@@ -151,7 +152,7 @@ def test_arguments_from_a_file(suffix: str, tmp_path: Path):
     path = tmp_path / f"arguments.{suffix}"
     # JSON is YAML too.
     path.write_text(json.dumps(values))
-    model, data, _, config = parse([str(path)])
+    model, data, _, config, _ = parse([str(path)])
     assert (model.model_name_or_path, data.dataset_name, config.beta) == ("m", "d", 0.3)
 
 
@@ -378,6 +379,101 @@ def test_every_linear_layer_but_the_head_is_adapted_by_default(model_folder: Pat
     trainer = build_trainer(*parse(training(model_folder, tmp_path / "out", "--use_peft")))
     layers = {name.split(".lora_")[0].split(".")[-1] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+# ---- train: what TRL's trainers do ----
+
+
+@pytest.fixture
+def trl_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("datasets", "peft", "trl"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.setenv("CI", "1")  # TRL sends no telemetry then
+
+
+@pytest.mark.shows("Trainers", "`orpo-kernels train --loss {loss}`", "two steps; the loss is TRL's of that name")
+@pytest.mark.parametrize(
+    ("loss", "logged"),
+    [
+        ("sft", "mean_token_accuracy"),
+        ("dpo", "rewards/margins"),
+        ("ipo", "rewards/margins"),
+        ("kto", "kl"),
+        ("simpo", "rewards/margins"),
+        ("cpo", "nll_loss"),
+    ],
+)
+def test_two_steps_of_another_loss(loss: str, logged: str, model_folder: Path, tmp_path: Path, trl_quiet: None):
+    out = tmp_path / "out"
+    more = ["--loss", loss, "--bf16", "false", "--logging_steps", "1"]
+    more += [] if loss == "sft" else ["--packing", "true"]
+    assert main(["train", *training(model_folder, out, *more)]) == 0
+    first, *_ = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert logged in first
+    # Policy and reference are one model still.
+    known = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5}
+    if loss in known:
+        assert first["loss"] == pytest.approx(known[loss], rel=1e-5)
+    before, after = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (model_folder, out))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lora_of_another_loss_from_a_file(model_folder: Path, tmp_path: Path, trl_quiet: None):
+    given = training(model_folder, tmp_path / "out", "--loss", "kto", "--use_peft", "--bf16", "false")
+    named = iter(given)
+    values: dict[str, Any] = {}
+    for name in named:
+        flag = name in ("--use_cpu", "--use_peft")
+        values[name.removeprefix("--")] = True if flag else next(named)
+    values |= {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.1, "bf16": False}
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps(values))
+    assert main(["train", str(path)]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "ppo"], "--loss ppo: use one of orpo, sft, dpo, ipo, kto, simpo, cpo"),
+        (["--loss", "ipo", "--loss_type", "hinge"], "--loss_type ['hinge'] and --loss ipo were both given"),
+        (["--loss", "dpo", "--preset", "trl"], "unknown argument --preset"),
+        (["--loss", "sft", "--share_prefix", "true"], "unknown argument --share_prefix"),
+        (["--loss", "dpo", "--packing_length", "8"], "packing_length=8: use a positive int, and only with packing"),
+    ],
+)
+def test_bad_arguments_of_another_loss(
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trl_quiet: None,
+):
+    capsys.readouterr()
+    assert main(["train", *training(model_folder, tmp_path / "out", "--bf16", "false", *arguments)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("orpo-kernels"))
+    assert line.startswith("orpo-kernels train: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("loss", "row", "expected"),
+    [
+        ("sft", {"messages": [{"role": "user", "content": "q"}], "x": 1}, {"messages"}),
+        ("sft", {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt", "completion"}),
+        ("kto", {"prompt": "q", "completion": "a", "label": True, "x": 1}, {"prompt", "completion", "label"}),
+        ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b", "x": 1}, {"prompt", "chosen", "rejected"}),
+    ],
+)
+def test_rows_of_another_loss(loss: str, row: dict[str, Any], expected: set[str], trl_quiet: None):
+    assert set(train_with_trl.dataset(loss, [row], "rows").column_names) == expected
+
+
+def test_a_bad_row_of_another_loss_is_named(trl_quiet: None):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(ValueError, match=r"pairs, training row 1: no 'rejected' in this row"):
+        train_with_trl.dataset("dpo", [good, {"prompt": "q", "chosen": "a"}], "pairs, training row")
 
 
 # ---- with little installed ----

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_kernels import Plan, linear_logps
+from orpo_kernels import Plan, linear_logps, linear_token_stats
 from orpo_kernels.autograd import HeadOptions
 from orpo_kernels.kernels import dispatch as backend
 from orpo_kernels.kernels import torch_path
-from orpo_kernels.linear_logps import scored_logps
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
+from orpo_kernels.linear_logps import scored_token_stats
 from orpo_kernels.plan import CPU_LIBRARY_BYTES, MIB, Schedule
 from orpo_kernels.tokens import RowGroups, ScoredTokens
 
@@ -113,6 +114,7 @@ class Shapes:
     softcap: float | None = None
     autocast: torch.dtype | None = None
     rank: int = 0
+    statistics: Statistics = NO_STATISTICS
 
 
 @dataclass(frozen=True)
@@ -177,19 +179,21 @@ def measure(s: Shapes) -> Measured:
         train_weight="weight" in s.train or "adapter" in s.train,
         softcap=s.softcap is not None,
         has_adapter=adapter is not None,
+        statistics=s.statistics,
     )
     inputs = [hidden, weight, bias, adapter, targets, rows, *(groups[:4] if groups is not None else ())]
     with Allocations(*inputs) as forward:
         scored = ScoredTokens(rows if s.layout == "ignored" else None, targets, rows, groups)
-        logps = scored_logps(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter)
+        found = scored_token_stats(hidden, weight, bias, scored, torch.Size([num_rows]), options, adapter, s.statistics)
     # Now, while what is saved is still held.
     forward_scratch, forward_largest = forward.scratch(), forward.largest()
     if not s.train:
         return Measured(schedule, forward_scratch, 0, forward_largest)
-    upstream = torch.ones_like(logps)
-    with Allocations(*inputs, upstream) as backward:
+    results = [found.logps, *([found.entropy] if s.statistics.entropy_grad else [])]
+    upstream = [torch.ones_like(x) for x in results]
+    with Allocations(*inputs, *upstream) as backward:
         trained = [x for x in (hidden, weight, bias, adapter) if x is not None and x.requires_grad]
-        gradients = torch.autograd.grad(logps, trained, upstream)
+        gradients = torch.autograd.grad(results, trained, upstream)
     measured = Measured(schedule, forward_scratch, backward.scratch(), max(forward_largest, backward.largest()))
     del gradients
     return measured
@@ -279,6 +283,38 @@ def test_products_of_16_bit_operands(
         assert_within_budget(shapes)
 
 
+STATISTICS = {"statistics": Statistics(True, True, True, True), "bias": True}
+ENTROPY_GRAD = {
+    "statistics": Statistics(True, True, True, True, entropy_grad=True),
+    "softcap": 30.0,
+    "layout": "repeated",
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "mode"),
+    [
+        (torch.bfloat16, STATISTICS, "evaluation"),
+        (torch.float32, STATISTICS, "trained head, kept"),
+        (torch.bfloat16, ENTROPY_GRAD, "trained head"),
+        (torch.float32, ENTROPY_GRAD, "trained head, kept"),
+    ],
+)
+def test_small_budget_with_statistics(dtype: torch.dtype, variant: dict[str, Any], mode: str, fake: None) -> None:
+    train, keep = MODES[mode]
+    plan = Plan(scratch_bytes=2 * MIB, keep_logit_grads=keep)
+    measured = assert_within_budget(Shapes(400, 256, 2000, dtype, train=train, plan=plan, **variant))
+    assert measured.largest < 400 * 2000
+    assert (measured.schedule.keep_rows > 0) == (bool(keep) and variant is STATISTICS)
+
+
+@pytest.mark.parametrize("variant", [STATISTICS, ENTROPY_GRAD], ids=["statistics", "entropy's gradient"])
+def test_statistics_of_16_bit_products(variant: dict[str, Any], fake_gpu: str) -> None:
+    plan = Plan(scratch_bytes=16 * MIB)
+    train = ("hidden", "weight")
+    assert_within_budget(Shapes(1500, 512, 20000, torch.float16, device=fake_gpu, train=train, plan=plan, **variant))
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 10, 100, 1000, 10_000, 100_000])
 def test_any_number_of_tokens(tokens: int, fake: None) -> None:
     """From 1 to 10^5 tokens, 8 MiB are enough."""
@@ -337,7 +373,7 @@ SAVED: dict[str, tuple[tuple[str, ...], bool | int]] = {
 }
 
 
-def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan) -> int:
+def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan, function: Callable[..., Tensor] = linear_logps) -> int:
     """What autograd holds of a call, the inputs aside, each storage once."""
     inputs = [x for x in (case.hidden, case.weight, case.targets, case.rows) if x is not None]
     for name in ("hidden", "weight"):
@@ -352,7 +388,7 @@ def bytes_saved(case: Any, train: tuple[str, ...], plan: Plan) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logps = linear_logps(case.hidden, case.weight, case.targets, rows=case.rows, plan=plan)
+        logps = function(case.hidden, case.weight, case.targets, rows=case.rows, plan=plan)
     assert logps.requires_grad == bool(train)
     return sum(seen.values())
 
@@ -384,6 +420,23 @@ def test_saved_bytes_are_as_reported(
     inputs = 200 * (8 * (2 if "weight" in train else 1) + wide) if train else 0
     if device.type == "cpu":
         assert bytes_saved(whole, train, plan) == schedule.saved_bytes - inputs
+
+
+@pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight"), ("weight",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_bytes_with_a_gradient_of_the_entropy(dtype: torch.dtype, train: tuple[str, ...]) -> None:
+    case = make_case((200,), 24, 150, dtype, torch.device("cpu"))
+    plan = Plan(keep_logit_grads=True)
+    schedule = plan.schedule(
+        int((case.targets != IGNORED).sum()), 24, 150, dtype, "cpu", train_hidden="hidden" in train,
+        train_weight="weight" in train, statistics=Statistics(entropy=True, entropy_grad=True),
+    )  # fmt: skip
+
+    def entropy(*args: Tensor, **options: Any) -> Tensor:
+        return linear_token_stats(*args, **options, statistics=["entropy"], entropy_grad=True).entropy
+
+    assert bytes_saved(case, train, plan, entropy) == schedule.saved_bytes
+    assert schedule.keep_rows == 0
 
 
 def test_saved_bytes_with_repeated_rows(device: torch.device) -> None:

@@ -46,7 +46,7 @@ def measure(peer: Peer, mode: str, right: torch.Tensor, pick: torch.Tensor) -> d
 
     def step() -> None:
         inputs.hidden.grad = inputs.weight.grad = None
-        loss, logps = loss_of(inputs)
+        loss, logps, _ = loss_of(inputs)
         loss.backward()
         found["logps"] = None if logps is None else logps.detach().flatten()[pick]
 

@@ -101,7 +101,7 @@ def patch(head: nn.Module, forward: Callable[..., Tensor]) -> None:
             f"the head is a {type(head).__name__} with a forward of its own: only nn.Linear's product is exact "
             "here. Leave a quantised model's head as it was (llm_int8_skip_modules)"
         )
-    if _is_tp_forward(present):
+    if _is_tp_forward(present) or _is_fp32_forward(present):
         setattr(head, _DISPLACED, present)
     elif present is not None and function is not type(head).forward:
         raise ValueError(f"the head's forward has been replaced by {present!r}: remove that patch before attaching")
@@ -126,6 +126,11 @@ def plain_forward(head: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> 
     """What the head does when nothing is asked of it."""
     displaced = getattr(head, _DISPLACED, None)
     return type(head).forward(head, input, *args, **kwargs) if displaced is None else displaced(input)
+
+
+def _is_fp32_forward(function: Any) -> bool:
+    """TRL's, of `cast_lm_head_to_fp32`."""
+    return getattr(function, "__qualname__", "").endswith("_cast_lm_head_to_fp32.<locals>.cast_forward_to_fp32")
 
 
 def _is_tp_forward(function: Any) -> bool:

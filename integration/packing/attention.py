@@ -184,12 +184,14 @@ def _by_segment(
         sizes = [segment.length for segment in row]
         fill = segments.length - sum(sizes)
         (*queries, _), (*keys, _), (*values, _) = (part.split([*sizes, fill], dim=1) for part in (q, k, v))
-        parts = []
+        parts, leader = [], 0
         for at, segment in enumerate(row):
             own_keys, own_values = keys[at], values[at]
             if segment.prefix:
-                own_keys = torch.cat([keys[at - 1][:, : segment.prefix], own_keys], dim=1)
-                own_values = torch.cat([values[at - 1][:, : segment.prefix], own_values], dim=1)
+                own_keys = torch.cat([keys[leader][:, : segment.prefix], own_keys], dim=1)
+                own_values = torch.cat([values[leader][:, : segment.prefix], own_values], dim=1)
+            else:
+                leader = at
             parts.append(attend(queries[at], own_keys, own_values).transpose(0, 1))  # [L, H, E_v]
         parts.append(value.new_zeros(fill, query.shape[1], value.shape[-1]))
         rows.append(torch.cat(parts))

@@ -12,29 +12,30 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import FlatBatch
+from ..batches import FlatBatch, SequenceBatch
 from ..head.lora import virtual_tokens
 from ..lm_head import ModelLogps
 from .attention import UnsupportedLayout, restore_attention, stand_in_mask, transformers_model, use_packed_attention
 from .layout import Layout, Name
+from .sequences import SequenceLayout
 
 logger = logging.getLogger("orpo_kernels")
 
 ORDER: tuple[Name, ...] = ("shared", "packed", "padded")
+Batch = TypeVar("Batch", FlatBatch, SequenceBatch)
 _LAYERS = {"full_attention", "sliding_attention", "attention"}
-_TRIAL_PAIRS = 2
 # Mean difference of a token's log-probability, nats: several times what another order of the same sums makes of it.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def model_inputs(batch: FlatBatch) -> dict[str, Any]:
+def model_inputs(batch: FlatBatch | SequenceBatch) -> dict[str, Any]:
     """What the model is called with for a batch of a layout, beside `use_cache=False`."""
-    layout: Layout = batch["layout"]
+    layout: Layout | SequenceLayout = batch["layout"]
     if layout.segments is None:
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     return {
@@ -61,28 +62,34 @@ class LayoutGate:
         self.name: Name | None = None
         self.reasons: list[str] = []
 
-    def admit(self, batch: FlatBatch, model: nn.Module | None = None) -> FlatBatch:
+    def admit(self, batch: Batch, model: Callable[..., Any] | None = None) -> Batch:
         """The batch, in a layout that the model can have; the first one decides.
 
-        batch: as `layout.pack_pairs` makes it. model: the wrapped model to call, as for `ModelLogps.logps`.
+        batch: as `layout.pack_pairs` or `sequences.lay_out_sequences` makes it.
+        model: the wrapped model to call, as for `ModelLogps.logps`.
 
         Where processes share the work, all of them make the call.
         """
-        layout: Layout = batch["layout"]
+        layout: Any = batch["layout"]
         if self.name is None:
             self.name = self._decide(batch, model)
         if ORDER.index(layout.name) >= ORDER.index(self.name):
             return batch
         return moved(layout.laid_out_as(self.name), batch["input_ids"].device)
 
-    def _decide(self, batch: FlatBatch, model: nn.Module | None) -> Name:
+    def decline(self, wanted: Name, reason: str) -> None:
+        """Decide on padded rows, for a reason that no model has."""
+        self.reasons.append(f"{wanted}: {reason}")
+        self.name = self._fall_back(wanted, "padded")
+
+    def _decide(self, batch: FlatBatch | SequenceBatch, model: Callable[..., Any] | None) -> Name:
         wanted: Name = batch["layout"].name
         if wanted == "padded":
             return "padded"
         reason = refusal(self.logps.model)
         if reason is not None:
-            self.reasons.append(f"{wanted}: {reason}")
-            return self._fall_back(wanted, "padded")
+            self.decline(wanted, reason)
+            return "padded"
         for name in ORDER[ORDER.index(wanted) : -1]:
             reason = self._trial(batch, name, model)
             if self.everywhere(reason is None):
@@ -98,17 +105,13 @@ class LayoutGate:
             logger.log(level, "batches are %s, not %s: the model does not allow it (%s)", name, wanted, reasons)
         return name
 
-    def _trial(self, batch: FlatBatch, name: Name, model: nn.Module | None) -> str | None:
+    def _trial(self, batch: FlatBatch | SequenceBatch, name: Name, model: Callable[..., Any] | None) -> str | None:
         """Why the model cannot have this layout, or None. It attends as before afterwards."""
         device = batch["input_ids"].device
-        layout: Layout = batch["layout"]
-        # The longest pairs: they are likeliest to be longer than a window.
-        pairs = sorted(layout.pairs, key=lambda row: -max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])))
-        few = replace(layout, pairs=tuple(pairs[:_TRIAL_PAIRS]))
-        right = moved(few.laid_out_as("padded"), device)
-        laid = moved(few.laid_out_as(name), device)
+        few: Any = batch["layout"].few()
+        right: Any = moved(few.laid_out_as("padded"), device)
+        laid: Any = moved(few.laid_out_as(name), device)
         calls: list[tuple[int | None, int | None]] = []
-        assert laid["layout"].segments is not None
         laid["layout"] = replace(laid["layout"], segments=replace(laid["layout"].segments, calls=calls))
         inner = transformers_model(self.logps.model)
         before = inner.config._attn_implementation
@@ -127,7 +130,7 @@ class LayoutGate:
         expected = self._logps_of(right, model)
         return _wrong_calls(calls, inner.config.get_text_config(decoder=True)) or _disagreement(found, expected, inner)
 
-    def _logps_of(self, batch: FlatBatch, model: nn.Module | None) -> Tensor:
+    def _logps_of(self, batch: FlatBatch | SequenceBatch, model: Callable[..., Any] | None) -> Tensor:
         with torch.no_grad():
             logps, _ = self.logps.logps(
                 batch["targets"], rows=batch["rows"], model=model, use_cache=False, **model_inputs(batch)
@@ -137,6 +140,14 @@ class LayoutGate:
 
 def refusal(model: nn.Module) -> str | None:
     """Why a model's configuration and modules rule packed rows out, or None."""
+    reason = mixing(model)
+    if reason is None and any(_drops(module) for module in model.modules()):
+        return "dropout is on: it would fall otherwise on a prompt that is there once"
+    return reason
+
+
+def mixing(model: nn.Module) -> str | None:
+    """What beside attention looks at other tokens than a position's own, or None; and why that cannot be known."""
     with suppress(UnsupportedLayout):
         inner = transformers_model(model)
         config: Any = inner.config.get_text_config(decoder=True)
@@ -154,8 +165,6 @@ def refusal(model: nn.Module) -> str | None:
         virtual = virtual_tokens(model)
         if virtual:
             return f"PEFT's prompt tuning puts {virtual} positions of its own before every row"
-        if any(_drops(module) for module in inner.modules()):
-            return "dropout is on: it would fall otherwise on a prompt that is there once"
         return None
     return "it is not a transformers model"
 
@@ -171,7 +180,7 @@ def _wrong_calls(calls: list[tuple[int | None, int | None]], config: Any) -> str
         return f"its {layers} layers called the attention function {len(calls)} times"
     for at, (index, window) in enumerate(calls):
         layer = at % layers if index is None else index
-        expected = _window(config, layer)
+        expected = window_of(config, layer)
         if layer != at % layers:
             return f"layer {layer} called the attention function in the place of layer {at % layers}"
         if window != expected:
@@ -179,7 +188,8 @@ def _wrong_calls(calls: list[tuple[int | None, int | None]], config: Any) -> str
     return None
 
 
-def _window(config: Any, layer: int) -> int | None:
+def window_of(config: Any, layer: int) -> int | None:
+    """How far back a layer attends, by a model's configuration; None for all the way."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds:
@@ -198,7 +208,7 @@ def _disagreement(found: Tensor, expected: Tensor, inner: Any) -> str | None:
     return f"log-probabilities differ from padded rows by {error:.2g} nats a token"
 
 
-def moved(batch: FlatBatch, device: torch.device) -> FlatBatch:
+def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return cast(FlatBatch, tensors)
+    return cast(Batch, tensors)

@@ -23,7 +23,7 @@ so far have the same hidden states. A hidden state then predicts two targets, an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,10 +32,12 @@ from torch import Tensor
 from orpo_kernels.objective import CHOSEN, PROMPT, REJECTED
 
 from ..batches import FlatBatch, TokenizedRow
-from .segments import Segment, Segments
+from .placing import common_start, place, run
+from .segments import Segments
 
 Name = Literal["padded", "packed", "shared"]
 NllOver = Literal["prompt+chosen", "chosen"]
+_FEW = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,11 @@ class Layout:
         """[2B] tokens of each sequence, chosen ones then rejected ones: what cuts `places` into theirs."""
         chosen = [len(pair["chosen_input_ids"]) for pair in self.pairs]
         return chosen + [len(pair["rejected_input_ids"]) for pair in self.pairs]
+
+    def few(self) -> Layout:
+        """The longest pairs: they are likeliest to be longer than a window."""
+        longest = sorted(self.pairs, key=lambda row: -max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])))
+        return replace(self, pairs=tuple(longest[:_FEW]), segments=None)
 
     def laid_out_as(self, name: Name) -> FlatBatch:
         """The batch of the same pairs in another layout."""
@@ -140,38 +147,19 @@ def pack_pairs(
     does not fit into a row.
     """
     pairs = _read(batch)
-    # What is laid out in one piece: (sequence, tokens of it that the one before has already), chosen before rejected.
-    units: list[list[tuple[int, int]]] = []
-    for index, pair in enumerate(pairs):
-        common = _common(pair.chosen, pair.rejected) if share_prefix else 0
-        both = [(index, 0), (len(pairs) + index, common)]
-        units += [both] if share_prefix else [[one] for one in both]
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    sizes = [sum(len(sequences[at]) - common for at, common in unit) for unit in units]
-    for unit, tokens in zip(units, sizes, strict=True):
-        if row_length is not None and tokens > row_length:
-            side, index = divmod(unit[0][0], len(pairs))
-            name = "pair" if share_prefix else f"{('chosen', 'rejected')[side]} sequence of pair"
-            raise ValueError(
-                f"the {name} {index} has {tokens} tokens and row_length={row_length}: raise row_length, or lower "
-                "max_length so that longer ones are cut (a trainer's packing_length is the row_length)"
-            )
-    starts, used = _first_fit(sizes, row_length)
-    rows, length = len(used), max(1, *used)
+    both = [[index, len(pairs) + index] for index in range(len(pairs))]
+    units = both if share_prefix else [[at] for pair in both for at in pair]
 
-    places = [torch.empty(0, dtype=torch.int64)] * len(sequences)
-    segments = []
-    for unit, (row, start) in zip(units, starts, strict=True):
-        for at, common in unit:
-            own = len(sequences[at]) - common
-            places[at] = torch.cat([places[unit[0][0]][:common], _run(row * length + start, own)])
-            if own:
-                segments.append(Segment(row, start, own, prefix=common))
-            start += own
+    def named(unit: Sequence[int]) -> str:
+        side, index = divmod(unit[0], len(pairs))
+        return f"pair {index}" if share_prefix else f"{('chosen', 'rejected')[side]} sequence of pair {index}"
+
+    places, (rows, length), segments = place(sequences, units, row_length, named)
     layout = Layout(
         "shared" if share_prefix else "packed",
         tuple(batch),
-        Segments.of(rows, length, segments),
+        segments,
         row_length,
         nll_over,
         padding_value,
@@ -189,7 +177,7 @@ def pad_pairs(
     pairs = _read(batch)
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     length = max(1, *map(len, sequences))
-    places = [_run(index * length, len(ids)) for index, ids in enumerate(sequences)]
+    places = [run(index * length, len(ids)) for index, ids in enumerate(sequences)]
     shape = (len(sequences), length)
     laid = _batch(Layout("padded", tuple(batch), None, None, nll_over, padding_value), pairs, places, shape)
     laid["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
@@ -213,7 +201,7 @@ def tokens_a_step(rows: Sequence[TokenizedRow], batch_size: int) -> dict[Name, f
         lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
         padded += len(lengths) * max(lengths)
         packed += sum(lengths)
-        shared += sum(lengths) - sum(_common(pair.chosen, pair.rejected) for pair in pairs)
+        shared += sum(lengths) - sum(common_start(pair.chosen, pair.rejected) for pair in pairs)
         batches += 1
     count = max(batches, 1)
     return {"padded": padded / count, "packed": packed / count, "shared": shared / count}
@@ -235,31 +223,6 @@ def _read(batch: Sequence[TokenizedRow]) -> list[_Pair]:
     if not batch:
         raise ValueError("the batch has no rows: a layout needs at least one pair")
     return [_Pair(*sequence_of(row, "chosen"), *sequence_of(row, "rejected")) for row in batch]
-
-
-def _common(first: Tensor, second: Tensor) -> int:
-    """Length of the longest common beginning."""
-    shorter = min(len(first), len(second))
-    differs = (first[:shorter] != second[:shorter]).nonzero()
-    return int(differs[0]) if len(differs) else shorter
-
-
-def _first_fit(sizes: list[int], row_length: int | None) -> tuple[list[tuple[int, int]], list[int]]:
-    """(row, start) of each, and how full each row is; the longest goes first, each into the first row with room."""
-    used = [0]
-    places = [(0, 0)] * len(sizes)
-    order = range(len(sizes)) if row_length is None else sorted(range(len(sizes)), key=lambda at: -sizes[at])
-    for at in order:
-        fits = (row for row, full in enumerate(used) if row_length is None or full + sizes[at] <= row_length)
-        row = next(fits, len(used))
-        used += [0] * (row == len(used))
-        places[at] = (row, used[row])
-        used[row] += sizes[at]
-    return places, used
-
-
-def _run(start: int, length: int) -> Tensor:
-    return torch.arange(start, start + length)
 
 
 def _batch(layout: Layout, pairs: list[_Pair], places: list[Tensor], shape: tuple[int, int]) -> FlatBatch:

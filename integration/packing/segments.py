@@ -1,10 +1,11 @@
 """What attends to what in a batch of packed rows.
 
-A row is a run of segments. A segment's tokens attend causally to one another and, before that, to the leading
-tokens of the segment just before it, their prefix:
+A row is a run of segments. A segment's tokens attend causally to one another and, before that, to their prefix: the
+leading tokens of the leader, the last segment before it that has no prefix of its own:
 
     packed   | chosen 1 | rejected 1 | chosen 2 | rejected 2 | fill      no prefixes
     shared   | prompt 1, chosen 1 | rejected 1 | ...         | fill      rejected 1 has prompt 1 as its prefix
+    a group  | prompt, answer 1 | answer 2 | answer 3 | ...  | fill      answers 2 and 3 have the prompt
 
 So the keys of a segment are [prefix | segment] and the mask is causal at the bottom right. Counted along these
 keys, distances are those of a row of its own: a sliding window stays exact. What fills a row up is in no segment.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """row; start, length: its tokens in that row; prefix: leading tokens of the segment before that it sees."""
+    """row; start, length: its tokens in that row; prefix: leading tokens of the leader that it sees."""
 
     row: int
     start: int
@@ -77,18 +78,18 @@ class Segments:
     def _varlen(self, device: torch.device) -> Varlen:
         queries, keys, cu_queries, cu_keys = [], [], [0], [0]
         for row in self.by_row:
-            before = None
+            leader = None
             for segment in row:
                 start = segment.row * self.length + segment.start
                 own = torch.arange(start, start + segment.length)
                 queries.append(own)
-                if segment.prefix and before is not None:
-                    prefix_start = before.row * self.length + before.start
+                if segment.prefix and leader is not None:
+                    prefix_start = leader.row * self.length + leader.start
                     keys.append(torch.arange(prefix_start, prefix_start + segment.prefix))
                 keys.append(own)
                 cu_queries.append(cu_queries[-1] + segment.length)
                 cu_keys.append(cu_keys[-1] + segment.prefix + segment.length)
-                before = segment
+                leader = leader if segment.prefix else segment
         return Varlen(
             torch.cat(queries).to(device),
             torch.cat(keys).to(device),
@@ -107,10 +108,10 @@ class Segments:
         place = torch.arange(self.length).expand(self.rows, -1)
         table = torch.stack([place, torch.zeros_like(place), torch.zeros_like(place), place])
         for row in self.by_row:
-            before = 0
+            leader = 0
             for segment in row:
                 inside = slice(segment.start, segment.start + segment.length)
-                values = (segment.start, before, before + segment.prefix, segment.start - segment.prefix)
+                values = (segment.start, leader, leader + segment.prefix, segment.start - segment.prefix)
                 table[:, segment.row, inside] = torch.tensor(values)[:, None]
-                before = segment.start
+                leader = leader if segment.prefix else segment.start
         return table

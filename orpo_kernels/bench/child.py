@@ -19,7 +19,7 @@ from torch import Tensor
 from orpo_kernels.bench import exact
 from orpo_kernels.bench.meter import Clock, watch_memory
 from orpo_kernels.bench.peers import PEERS, Unavailable
-from orpo_kernels.bench.peers.interface import Loss
+from orpo_kernels.bench.peers.interface import STATISTICS, Found, Loss
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem, make_inputs
 
 # What trains: (hidden, weight).
@@ -32,6 +32,8 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
     specification: problem, peer, mode, repeats, exact (a file of `exact.solve`, or None for no errors).
     """
     problem, mode, peer = Problem.of(specification["problem"]), specification["mode"], PEERS[specification["peer"]]
+    if problem.statistics and not peer.statistics:
+        return {"status": "skipped", "reason": "it gives no statistics"}
     try:
         loss_of = peer.build(problem)
     except Unavailable as error:
@@ -47,13 +49,13 @@ def measure(specification: dict[str, Any]) -> dict[str, Any]:
     for _ in range(specification["repeats"]):
         inputs.hidden.grad = inputs.weight.grad = None
         peak = watch_memory(device)
-        forward, total, loss, logps = _step(loss_of, inputs, mode)
+        forward, total, found = _step(loss_of, inputs, mode)
         samples.append({"forward_s": forward, "total_s": total, "peak_bytes": peak()})
     return {
         "status": "ok",
         "samples": samples,
         "gradient_bytes": sum(g.nbytes for g in (inputs.hidden.grad, inputs.weight.grad) if g is not None),
-        "errors": None if specification["exact"] is None else _errors(specification["exact"], inputs, loss, logps),
+        "errors": None if specification["exact"] is None else _errors(specification["exact"], inputs, found),
     }
 
 
@@ -65,25 +67,34 @@ def _leaves(problem: Problem, mode: str) -> Inputs:
     return inputs
 
 
-def _step(loss_of: Loss, inputs: Inputs, mode: str) -> tuple[float, float, Tensor, Tensor | None]:
-    """Seconds of the forward, of all; the loss and the log-probabilities."""
+def _step(loss_of: Loss, inputs: Inputs, mode: str) -> tuple[float, float, Found]:
+    """Seconds of the forward, of all; and what was found."""
     clock = Clock(inputs.hidden.device)
     with torch.no_grad() if mode == "evaluation" else nullcontext():
-        loss, logps = loss_of(inputs)
+        found = loss_of(inputs)
     forward = total = clock()
     if mode != "evaluation":
-        loss.backward()
+        found.loss.backward()
         total = clock()
-    return forward, total, loss.detach(), None if logps is None else logps.detach()
+    return forward, total, found
 
 
-def _errors(path: str, inputs: Inputs, loss: Tensor, logps: Tensor | None) -> dict[str, float | None]:
-    """Against float64: the largest of a log-probability (nats); relative ones of the loss and of gradients."""
+def _errors(path: str, inputs: Inputs, found: Found) -> dict[str, float | None]:
+    """Against float64: the largest of a log-probability (nats) and of the statistics; relative ones of the loss and of
+    gradients."""
     right = torch.load(path, mmap=True)
     scored = (inputs.scored_targets != IGNORED).cpu()
+
+    def largest(x: Tensor, name: str) -> float:
+        return (x.detach().cpu().double() - right[name])[scored].abs().max().item()
+
+    statistics = None
+    if found.statistics is not None:
+        statistics = max(largest(x, name) for x, name in zip(found.statistics, STATISTICS, strict=True))
     return {
-        "logps": None if logps is None else (logps.cpu().double() - right["logps"])[scored].abs().max().item(),
-        "loss": abs(loss.item() / right["loss"].item() - 1),
+        "logps": None if found.logps is None else largest(found.logps, "logps"),
+        "statistics": statistics,
+        "loss": abs(found.loss.item() / right["loss"].item() - 1),
         **{
             f"{name}_gradient": None if leaf.grad is None else exact.relative_error(leaf.grad, right[name])
             for name, leaf in (("hidden", inputs.hidden), ("weight", inputs.weight))

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.bench.peers.full_logits import trl_objective
+from orpo_kernels.bench.peers.interface import STATISTICS
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem, make_inputs
 
 _CHUNK_BYTES = 256 << 20
 
 
 def solve(inputs: Inputs, *, with_weight: bool) -> dict[str, Tensor]:
-    """loss [], logps [2B, T], hidden [2B, T, D] and, `with_weight`, weight [V, D]: values and gradients in float64."""
+    """loss [], logps and statistics [2B, T], hidden [2B, T, D] and, `with_weight`, weight [V, D]: values and gradients
+    in float64."""
     union = inputs.scored_targets
     places = (union.flatten() != IGNORED).nonzero().squeeze(1)
     hidden = inputs.hidden.flatten(0, 1)[places].double()  # [N, D]
@@ -31,14 +33,14 @@ def solve(inputs: Inputs, *, with_weight: bool) -> dict[str, Tensor]:
     step = max(1, _CHUNK_BYTES // (8 * len(weight)))
     chunks = [slice(start, start + step) for start in range(0, len(places), step)]
 
-    found = torch.cat(
-        [
-            _logits(hidden[c], weight, inputs.softcap)[0].log_softmax(-1).gather(-1, targets[c, None]).squeeze(-1)
-            for c in chunks
-        ]
-    )
-    flat = torch.zeros(union.numel(), dtype=torch.float64, device=union.device).index_copy(0, places, found)
-    logps = flat.view(union.shape).requires_grad_()
+    parts = [_of_tokens(_logits(hidden[c], weight, inputs.softcap)[0], targets[c]) for c in chunks]
+    found = {
+        name: torch.zeros(union.numel(), dtype=torch.float64, device=union.device)
+        .index_copy(0, places, torch.cat([part[name] for part in parts]))
+        .view(union.shape)
+        for name in ("logps", *STATISTICS)
+    }
+    logps = found["logps"].requires_grad_()
     loss = trl_objective(logps, inputs.targets, inputs.nll_targets, inputs.beta)
     (coefficient,) = torch.autograd.grad(loss, logps)
     coefficient = coefficient.flatten()[places]
@@ -55,8 +57,21 @@ def solve(inputs: Inputs, *, with_weight: bool) -> dict[str, Tensor]:
         d_hidden[places[c]] = gradient @ weight
         if d_weight is not None:
             d_weight.addmm_(gradient.t(), hidden[c])
-    solution = {"loss": loss.detach(), "logps": logps.detach(), "hidden": d_hidden.view_as(inputs.hidden)}
+    solution = found | {"loss": loss.detach(), "logps": logps.detach(), "hidden": d_hidden.view_as(inputs.hidden)}
     return solution if d_weight is None else {**solution, "weight": d_weight}
+
+
+def _of_tokens(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities and statistics [C], fp64."""
+    logps = logits.log_softmax(-1)
+    p = logps.exp()
+    return {
+        "logps": logps.gather(-1, targets[:, None]).squeeze(-1),
+        "entropy": -(p * logps).sum(-1),
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+        "is_top1": (logits.argmax(-1) == targets).double(),
+    }
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,7 @@ class Problem:
 
     dtype, device: names. softcap: of the logits, or None. ignored: the share of positions that nothing scores,
     all in the prompts of the rejected rows, where `lengths` is empty.
+    statistics: whether those of each scored token's distribution are made too (`linear_token_stats`).
     lengths: (prompt, chosen, rejected) tokens of each pair; rows are padded to the longest, and T is the most a
     row may have.
 
@@ -43,6 +44,7 @@ class Problem:
     lengths: tuple[tuple[int, int, int], ...] = ()
     beta: float = 0.1
     seed: int = 0
+    statistics: bool = False
     spans: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:

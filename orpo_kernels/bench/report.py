@@ -11,7 +11,7 @@ TITLES = {
     "frozen": "Frozen head: forward + backward",
     "trained": "Trained head: forward + backward",
 }
-_ERRORS = ("logps", "loss", "hidden_gradient", "weight_gradient")
+_ERRORS = ("logps", "statistics", "loss", "hidden_gradient", "weight_gradient")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", TITLES[mode] + (f"; {gradients / MIB:,.1f} MiB of each peak are gradients" if gradients else "")]
         lines.append(
             f"  {'':<36}{'holds':<14}{'seconds':>9}{'quartiles':>17}{'min':>9}{'forward':>9}{'peak MiB':>10}"
-            f"{'log-prob':>10}{'loss':>9}{'d hidden':>10}{'d weight':>10}"
+            f"{'log-prob':>10}{'stats':>9}{'loss':>9}{'d hidden':>10}{'d weight':>10}"
         )
         lines += [_row(row) for row in sorted(measured, key=lambda row: row["summary"]["total_s"]["median"])]
         lines += [f"  {row['label']:<36}{row['status']}: {row['reason']}" for row in rows if row["status"] != "ok"]
@@ -39,7 +39,8 @@ def headline(result: dict[str, Any]) -> str:
     cap = "" if p["softcap"] is None else f", soft-cap {p['softcap']:g}"
     return (
         f"{p['pairs']} pairs as {2 * p['pairs']} x {p['padded_length']} positions, {p['scored']} scored; "
-        f"D={p['hidden_size']}, V={p['vocab_size']}, {p['dtype']}{cap}\n{result['machine']['name']}; "
+        f"D={p['hidden_size']}, V={p['vocab_size']}, {p['dtype']}{cap}"
+        f"{', with statistics' if p.get('statistics') else ''}\n{result['machine']['name']}; "
         f"torch {result['versions']['torch']}; full rounds: {result['full_rounds']}, "
         f"repeats {result['settings']['repeats']}, medians; errors against float64"
     )
@@ -49,11 +50,11 @@ def _row(row: dict[str, Any]) -> str:
     total, forward, peak = (row["summary"][name] for name in ("total_s", "forward_s", "peak_bytes"))
     spread = f"{_seconds(total['q1'])}-{_seconds(total['q3'])}"
     memory = "-" if peak is None else f"{peak['median'] / MIB:,.1f}"
-    errors = [None if row["errors"] is None else row["errors"][name] for name in _ERRORS]
+    errors = [None if row["errors"] is None else row["errors"].get(name) for name in _ERRORS]
     texts = ["-" if error is None else f"{error:.1e}" for error in errors]
     return (
         f"  {row['label']:<36}{row['logits']:<14}{_seconds(total['median']):>9}{spread:>17}{_seconds(total['min']):>9}"
-        f"{_seconds(forward['median']):>9}{memory:>10}{texts[0]:>10}{texts[1]:>9}{texts[2]:>10}{texts[3]:>10}"
+        f"{_seconds(forward['median']):>9}{memory:>10}{texts[0]:>10}{texts[1]:>9}{texts[2]:>9}{texts[3]:>10}{texts[4]:>10}"
     )
 
 

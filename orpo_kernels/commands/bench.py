@@ -28,6 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "ignored": 0.25,
     "lengths": "fixed",
     "seed": 0,
+    "statistics": False,
     "peers": list(PEERS),
     "modes": list(MODES),
     "rounds": 5,
@@ -65,6 +66,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="fixed|lognormal|FILE",
         help="fixed: full rows. lognormal: uneven ones, as fitted to real pairs. A .json or .jsonl file of "
         f"preference pairs: theirs (default: {_DEFAULTS['lengths']})",
+    )
+    sizes.add_argument(
+        "--statistics",
+        action="store_true",
+        default=None,
+        help="make each token's entropy, log sum p^2, mean logit and top-1 too (peers without them are left out)",
     )
     sizes.add_argument("--seed", type=int, help=f"default: {_DEFAULTS['seed']}")
     how = parser.add_argument_group("measuring")
@@ -176,6 +183,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         ignored=args.ignored,
         lengths=_lengths(args),
         seed=args.seed,
+        statistics=args.statistics,
     )
 
 

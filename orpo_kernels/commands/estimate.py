@@ -15,6 +15,7 @@ from orpo_kernels.commands import estimate_run
 from orpo_kernels.costs import CARDS, Prediction, predict
 from orpo_kernels.estimate import MODELS, SETTINGS, Estimate, HeadSize, estimate, head_of_model
 from orpo_kernels.plan import MIB, Plan
+from orpo_kernels.scale import report
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Peak memory of a whole training run (--model), or memory and operations of head and loss alone "
         "(--head-only): from the sizes, nothing is loaded.",
     )
-    parser.add_argument("--head-only", action="store_true", help="head and loss alone, as without --model")
+    parser.add_argument(
+        "--head-only", action="store_true", help="head and loss alone, as without --model and with a card"
+    )
     parser.add_argument(
         "--model", metavar="FOLDER_OR_NAME", help=f"a folder with a config.json, or one of {', '.join(MODELS)}"
     )
@@ -49,16 +52,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="it need not be there; a card by its name gets the milliseconds predicted (default: %(default)s)",
     )
     parser.add_argument("--scratch-mib", type=float, help="memory budget (default: the device's)")
-    parser.add_argument("--tp", type=int, default=1, metavar="P", help="ranks that share every layer and the head")
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="P",
+        help="ranks that share every layer and the head; with --head-only or a card, layouts compared",
+    )
     estimate_run.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.head_only and args.model is not None:
-        if args.device in CARDS:
-            print(f"orpo-kernels estimate: --device {args.device}: times are --head-only's", file=sys.stderr)
-            return 2
+    if not args.head_only and args.model is not None and args.device not in CARDS:
         return estimate_run.run(args, DTYPES)
     try:
         head = _head(args)
@@ -75,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             scratch_bytes=scratch,
         )
         times = predictions(found, head, args.device, dtype, scratch) if on_card else []
+        over_ranks = "" if args.tp == 1 else _over_ranks(args, head, dtype, found[0].tokens)
     except ValueError as error:
         print(f"orpo-kernels estimate: {error}", file=sys.stderr)
         return 2
@@ -90,7 +97,26 @@ def run(args: argparse.Namespace) -> int:
     )
     for setting, prediction in times:
         print(f"\n{setting}, {prediction}")
+    if over_ranks:
+        print(f"\n{over_ranks}")
     return 0
+
+
+def _over_ranks(args: argparse.Namespace, head: HeadSize, dtype: torch.dtype, tokens: int) -> str:
+    """What layouts of many cards make of the same tokens a card."""
+    if dtype != torch.bfloat16:
+        raise ValueError(f"--tp {args.tp}: rates are known of products of bfloat16: give --dtype bfloat16")
+    return report(
+        args.tp,
+        tokens,
+        head.hidden_size,
+        head.vocab_size,
+        args.device if args.device in CARDS else "h100",
+        cards=(8, 512),
+        pairs=args.pairs,
+        softcap=head.softcap is not None,
+        ignored=args.ignored,
+    )
 
 
 def predictions(

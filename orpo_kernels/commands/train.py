@@ -1,4 +1,4 @@
-"""`orpo-kernels train`: preference-tune a model with ORPO from the command line.
+"""`orpo-kernels train`: preference-tune a model from the command line, with ORPO or what `train_with_trl` offers.
 
 Arguments are parsed by transformers' own parser, so everything `TrainingArguments` knows is here under its usual
 name, beside the model, the data and LoRA; names follow TRL's scripts. A .json or .yaml file in place of arguments
@@ -15,7 +15,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+
+from orpo_kernels.commands import train_with_trl
+from orpo_kernels.commands.train_data import Arguments, DataArguments, check_shapes, load_pairs
 
 EXAMPLE = """example:
   orpo-kernels train --model_name_or_path ./my-model --dataset_name pairs.jsonl --eval_fraction 0.05 \\
@@ -25,16 +28,15 @@ first turns, or {conversations, chosen, rejected}."""
 
 
 @dataclass
-class _Arguments:
-    def __post_init__(self) -> None:
-        from orpo_kernels.integration.training.arguments import numbers_from_text
-
-        numbers_from_text(self)
-
-
-@dataclass
-class ModelArguments(_Arguments):
+class _ModelArguments(Arguments):
     model_name_or_path: str = field(metadata={"help": "Folder or name of the model, its tokenizer beside it."})
+    loss: str = field(
+        default="orpo",
+        metadata={
+            "help": "What to train with. All but orpo hand over to TRL's trainer of that name and take its arguments.",
+            "choices": ["orpo", *train_with_trl.LOSSES],
+        },
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a .gguf file in that folder to load."})
     dtype: str = field(
         default="auto", metadata={"help": "Weights' dtype: auto (as stored), float32, bfloat16 or float16."}
@@ -42,23 +44,16 @@ class ModelArguments(_Arguments):
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention, e.g. sdpa or flash_attention_2. Default: the model's."}
     )
+
+
+@dataclass
+class ModelArguments(_ModelArguments):
+    # Some of TRL's configurations have it too.
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings along."})
 
 
 @dataclass
-class DataArguments(_Arguments):
-    dataset_name: str = field(
-        metadata={"help": "Preference pairs: a .json, .jsonl, .csv or .parquet file, a folder, or a dataset's name."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the training rows to hold out for evaluation, from their end."}
-    )
-
-
-@dataclass
-class LoraArguments(_Arguments):
+class LoraArguments(Arguments):
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the whole model."})
     lora_r: int = field(default=16, metadata={"help": "Rank."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
@@ -101,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def train(trainer: Any) -> None:
     """The run itself: an error from here on is no typing error, and shows its traceback."""
     config = trainer.args
-    if trainer.data_summary is None:
+    if getattr(trainer, "data_summary", ...) is None:
         print("streaming data: no summary", flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint_of(config.resume_from_checkpoint))
     trainer.save_model()
@@ -132,28 +127,67 @@ def check_checkpoint(value: str | bool | None, output: Path) -> None:
         raise ValueError(f"--resume_from_checkpoint {named}: there is no such folder")
 
 
-def parse(arguments: list[str]) -> Any:
-    """(ModelArguments, DataArguments, LoraArguments, ORPOConfig). Raises ValueError for bad ones."""
+class Parsed(NamedTuple):
+    """config: ORPOConfig, or of the loss TRL's. layout: how TRL's batches are laid out, None for what it is not for."""
+
+    model: _ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    config: Any
+    layout: Any = None
+
+
+def parse(arguments: list[str]) -> Parsed:
+    """Raises ValueError for bad arguments, ImportError for a loss that needs what is not there."""
     from transformers import HfArgumentParser
 
-    from orpo_kernels.integration.transformers import ORPOConfig
+    values = None
+    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
+        values = _read_arguments(Path(arguments[0]))
+    loss = _loss_of(arguments, values)
+    if loss in train_with_trl.LOSSES:
+        config, *layout = train_with_trl.groups(loss)
+    else:
+        from orpo_kernels.integration.transformers import ORPOConfig
 
-    groups: Any = (ModelArguments, DataArguments, LoraArguments, ORPOConfig)
+        config, layout = ORPOConfig, []
+    trusts = "trust_remote_code" in (field.name for field in fields(config))
+    groups: Any = [_ModelArguments if trusts else ModelArguments, DataArguments, LoraArguments, config, *layout]
     parser = HfArgumentParser(
         groups,
         prog="orpo-kernels train",
-        description="Preference-tune a causal language model with ORPO, without its logits.",
+        description="Preference-tune a causal language model with ORPO (or another --loss), without its logits.",
         epilog=EXAMPLE,
         formatter_class=_HelpFormatter,
     )
     parser.error = _refuse  # type: ignore[method-assign]
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        values = _read_arguments(Path(arguments[0]))
+    settings = train_with_trl.LOSSES[loss].settings if loss in train_with_trl.LOSSES else {}
+    if values is not None:
         _refuse_unknown(values, [field.name for group in groups for field in fields(group)])
-        return parser.parse_dict(values)
-    *found, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    _refuse_unknown([word for word in rest if word.startswith("-")] or rest, list(parser._option_string_actions))
-    return tuple(found)
+        found = Parsed(*parser.parse_dict(settings | values))
+    else:
+        parser.set_defaults(**settings)
+        *parts, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        _refuse_unknown([word for word in rest if word.startswith("-")] or rest, list(parser._option_string_actions))
+        found = Parsed(*parts)
+    if settings:
+        train_with_trl.check(loss, found.config)
+    return found
+
+
+def _loss_of(arguments: list[str], values: dict[str, Any] | None) -> str:
+    """`--loss`, which decides what other arguments there are."""
+    known = ["orpo", *train_with_trl.LOSSES]
+    if values is None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--loss", default="orpo")
+        parser.error = _refuse  # type: ignore[method-assign]
+        loss = parser.parse_known_args(arguments)[0].loss
+    else:
+        loss = values.get("loss", "orpo")
+    if loss not in known:
+        raise ValueError(f"--loss {loss}: use one of {', '.join(known)}")
+    return loss
 
 
 def _refuse(message: str) -> NoReturn:
@@ -181,33 +215,42 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     return values
 
 
-def build_trainer(model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, config: Any) -> Any:
+def build_trainer(
+    model_args: _ModelArguments, data_args: DataArguments, lora_args: LoraArguments, config: Any, layout: Any = None
+) -> Any:
     """The trainer that the arguments describe."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from orpo_kernels.integration.transformers import ORPOTrainer
-
+    loss = model_args.loss
     check_folders(model_args.model_name_or_path, Path(config.output_dir))
     check_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
-    train_rows, eval_rows = load_pairs(data_args)
-    for name, rows in (("training", train_rows), ("evaluation", eval_rows)):
-        check_shapes(rows, f"{data_args.dataset_name}, {name} row")
-    common = {"gguf_file": model_args.gguf_file, "trust_remote_code": model_args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **common)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        **common,
-    )
-    return ORPOTrainer(
-        model,
-        config,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(lora_args) if lora_args.use_peft else None,
-    )
+    rows = load_pairs(data_args)
+    named = [f"{data_args.dataset_name}, {name} row" for name in ("training", "evaluation")]
+    if loss in train_with_trl.LOSSES:
+        rows = tuple(train_with_trl.dataset(loss, part, what) for part, what in zip(rows, named, strict=True))
+    else:
+        for part, what in zip(rows, named, strict=True):
+            check_shapes(part, what)
+    trust = (model_args if hasattr(model_args, "trust_remote_code") else config).trust_remote_code
+    common = {"gguf_file": model_args.gguf_file, "trust_remote_code": trust}
+    arguments = {
+        "processing_class": AutoTokenizer.from_pretrained(model_args.model_name_or_path, **common),
+        "peft_config": lora_config(lora_args) if lora_args.use_peft else None,
+    }
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            **common,
+        )
+
+    if loss in train_with_trl.LOSSES:
+        return train_with_trl.make_trainer(loss, load, config, layout, rows, **arguments)
+    from orpo_kernels.integration.transformers import ORPOTrainer
+
+    return ORPOTrainer(load(), config, train_dataset=rows[0], eval_dataset=rows[1], **arguments)
 
 
 def check_folders(model: str, output: Path) -> None:
@@ -220,19 +263,6 @@ def check_folders(model: str, output: Path) -> None:
         raise ValueError(f"--output_dir {output} cannot be made: {error.strerror}") from error
     if not os.access(output, os.W_OK):
         raise ValueError(f"--output_dir {output} cannot be written to")
-
-
-def check_shapes(rows: Any, what: str) -> None:
-    """ValueError for a row of none of the accepted shapes, before the model is loaded."""
-    from orpo_kernels.integration.data.formats import normalize_example
-    from orpo_kernels.integration.data.tokenization import REQUIRED_COLUMNS
-
-    for index in range(len(rows) if isinstance(rows, list) else 0):
-        if not all(column in rows[index] for column in REQUIRED_COLUMNS):
-            try:
-                normalize_example(rows[index])
-            except ValueError as error:
-                raise ValueError(f"{what} {index}: {error}") from error
 
 
 def lora_config(lora_args: LoraArguments) -> Any:
@@ -248,69 +278,3 @@ def lora_config(lora_args: LoraArguments) -> Any:
         modules_to_save=lora_args.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
-
-
-def load_pairs(data_args: DataArguments) -> tuple[Any, Any]:
-    """(training rows, evaluation rows or None). A JSON file needs no other package; the rest needs `datasets`."""
-    if not 0.0 <= data_args.eval_fraction < 1.0:
-        raise ValueError(f"--eval_fraction {data_args.eval_fraction}: use a share from 0 up to, not including, 1")
-    if data_args.eval_fraction and data_args.dataset_test_split:
-        raise ValueError("--eval_fraction and --dataset_test_split were both given: use one")
-    train, held_out = _load(data_args)
-    if len(train) == 0:
-        raise ValueError(f"--dataset_name {data_args.dataset_name} leaves no rows to train on")
-    return train, held_out
-
-
-def _load(data_args: DataArguments) -> tuple[Any, Any]:
-    from orpo_kernels.integration.data.files import ENDINGS, ending_of, read_pairs, read_splits
-
-    path = Path(data_args.dataset_name)
-    if ending_of(path) in ENDINGS and not path.exists():
-        raise ValueError(f"--dataset_name {path}: there is no such file")
-    if path.is_file() and ending_of(path) not in ENDINGS:
-        raise ValueError(f"--dataset_name {path}: the ending is none of {', '.join(ENDINGS)}")
-    if path.is_file() and path.suffix != ".parquet":
-        try:
-            rows: Any = read_pairs(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--dataset_name {error}") from error
-        if data_args.dataset_test_split:
-            raise ValueError(f"--dataset_test_split was given, but {path} holds one split: use --eval_fraction")
-        return _cut(rows, data_args.eval_fraction)
-
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"--dataset_name {path} needs the datasets package: pip install datasets") from error
-    if path.is_file():
-        loaded: Any = datasets.load_dataset("parquet", data_files=str(path))
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        loaded = datasets.load_from_disk(str(path))
-    else:
-        try:
-            builder = datasets.load_dataset_builder(data_args.dataset_name)
-            # The cells of a .csv and the strings of a .json file stay what they are; Arrow makes numbers, dates and
-            # nulls of some.
-            loaded = read_splits(builder.config.data_files or {"": ["."]})
-            loaded = datasets.load_dataset(data_args.dataset_name) if loaded is None else loaded
-        except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).partition("\n")[0]
-            raise ValueError(f"--dataset_name {path} is no file or folder here, and no data set: {first}") from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = datasets.DatasetDict({data_args.dataset_train_split: loaded})
-    for split in filter(None, (data_args.dataset_train_split, data_args.dataset_test_split)):
-        if split not in loaded:
-            raise ValueError(f"{data_args.dataset_name} has no split {split!r}, only {', '.join(loaded)}")
-    train = loaded[data_args.dataset_train_split]
-    if data_args.dataset_test_split:
-        return train, loaded[data_args.dataset_test_split]
-    return _cut(train, data_args.eval_fraction)
-
-
-def _cut(rows: Any, eval_fraction: float) -> tuple[Any, Any]:
-    """(rows but the last ones, the last ones or None)."""
-    kept = len(rows) - round(len(rows) * eval_fraction)
-    if isinstance(rows, list):
-        return rows[:kept], rows[kept:] or None
-    return rows.select(range(kept)), rows.select(range(kept, len(rows))) if kept < len(rows) else None

@@ -12,13 +12,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from orpo_kernels.kernels import torch_path
 from orpo_kernels.kernels.interface import Backend, Head
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.plan import Plan, Schedule, ScratchTooSmall
 
 
 def choose(
-    plan: Plan, head: Head, tokens: int, *, train_hidden: bool, train_weight: bool, in_place: bool = False
+    plan: Plan,
+    head: Head,
+    tokens: int,
+    *,
+    train_hidden: bool,
+    train_weight: bool,
+    in_place: bool = False,
+    statistics: Statistics = NO_STATISTICS,
+    ranks: int = 1,
 ) -> tuple[Backend, Schedule]:
-    """The backend and the loop sizes. in_place: as for `Plan.schedule`."""
+    """The backend and the loop sizes. in_place, statistics, ranks: as for `Plan.schedule`."""
     vocab_size = head.weight.shape[0]
 
     def schedule(full_vocab_tiles: bool) -> Schedule:
@@ -35,9 +44,12 @@ def choose(
             has_adapter=head.adapter is not None,
             cast=head.weight.dtype != head.compute_dtype,
             in_place=in_place,
+            statistics=statistics,
+            ranks=ranks,
         )
 
-    chosen = fitting(schedule, kernels=why_not_triton(head) is None)
+    # The kernels have no epilogue for a gradient of the entropy.
+    chosen = fitting(schedule, kernels=why_not_triton(head) is None and not statistics.entropy_grad)
     if chosen.path == "torch":
         return torch_path, chosen
     from orpo_kernels.kernels import triton_path

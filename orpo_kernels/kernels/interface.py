@@ -24,7 +24,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics, TokenStatistics
 from orpo_kernels.plan import Schedule
+
+
+class TargetLogits(NamedTuple):
+    """Of tokens whose head is a slice of a vocabulary.
+
+    value: [N] fp64, z_y, whichever slice has its row. slope: [N] accumulation dtype, f' there, 0 where another has.
+    """
+
+    value: Tensor
+    slope: Tensor
 
 
 class Tokens(NamedTuple):
@@ -32,12 +43,14 @@ class Tokens(NamedTuple):
 
     hidden: [R, D], any strides, its own dtype (cast to the head's compute dtype chunk by chunk).
     rows: [N] int64, the row of `hidden` that predicts each token; None when N == R and they correspond.
-    targets: [N] int64 in [0, V).
+    targets: [N] int64 in [0, V); -1 where the target is none of the head's rows, all of which then compete.
+    known: where the head is a slice of a vocabulary.
     """
 
     hidden: Tensor
     rows: Tensor | None
     targets: Tensor
+    known: TargetLogits | None = None
 
 
 class Head(NamedTuple):
@@ -101,6 +114,17 @@ class Forward(NamedTuple):
     lse: Tensor
     u: Tensor | None
     kept: KeptLogitGrads | None
+    statistics: TokenStatistics = TokenStatistics()
+
+
+class EntropyGradient(NamedTuple):
+    """What an upstream gradient of the entropy adds to the gradient of the logits, in the accumulation dtype [N].
+
+    With it, `coefficient` is a competitor's: dLoss/dz_v = -q_v (coefficient + per_nat log q_v), and dLoss/dz_y = own.
+    """
+
+    own: Tensor
+    per_nat: Tensor
 
 
 class HeadGradients(NamedTuple):
@@ -114,8 +138,10 @@ class HeadGradients(NamedTuple):
 class Backend(Protocol):
     """What a backend's module holds."""
 
-    def forward(self, tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
-        """The terms of every token's log-probability, and u where it is wanted."""
+    def forward(
+        self, tokens: Tokens, head: Head, schedule: Schedule, want_u: bool, wanted: Statistics = NO_STATISTICS
+    ) -> Forward:
+        """The terms of every token's log-probability, u where it is wanted, and the statistics that are."""
 
     def weight_gradient(
         self,
@@ -128,9 +154,17 @@ class Backend(Protocol):
         want_weight: bool,
         want_bias: bool,
         want_adapter: bool = False,
+        entropy: EntropyGradient | None = None,
     ) -> HeadGradients:
         """The head's gradients.
 
         coefficient: [N] accumulation dtype, `c_t s_t`: the gradient of the loss with respect to each log-probability
         times 1 - p(target). kept: its values are let go as they are used, so that their memory can serve the gradient.
+        entropy: given only where nothing is kept.
         """
+
+    def target_logits(self, tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+        """Of a slice, before its forward: of the tokens whose target it has; 0 for the others."""
+
+    def settle_kept(self, kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+        """Of a slice, after its forward: makes what was kept fit the whole vocabulary's L, [N] fp64; in place."""

@@ -4,6 +4,7 @@
     sum_kernel       S, and from it  log_odds = (t_y - base - log2 S) log 2  and  L = z_y - log_odds
     maximum_kernel   `base` of the rows that the slow lane takes
     u_kernel         u = f'_y W[y] - (E W) / S, rounded once
+    scale_kernel     rows of kept exponentials whose reference has been raised
 
 `t_y` and `base` are in units of log 2, as `tile` needs them. `base` is t_y rounded to fp32 for every row but those of
 the slow lane, and what that rounding left, `low`, is kept beside it: `base - t_y` is -low.
@@ -47,7 +48,7 @@ def target_kernel(
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
-    y = tl.load(p_targets + o_c, mask=m_c, other=0)
+    y = tl.maximum(tl.load(p_targets + o_c, mask=m_c, other=0), 0)  # -1: of another slice; what comes of it is not used
     p_h = p_hidden + hidden_rows(p_rows, o_c, C)[:, None] * stride_hr  # [BC, 1]
     p_w = p_weight + y[:, None] * stride_wv  # [BC, 1]
     total = tl.zeros((BC, BD), dtype=tl.float32)
@@ -162,7 +163,7 @@ def u_kernel(
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_c = o_c < C
     m = m_c[:, None] & (o_d < D)[None, :]
-    y = tl.load(p_targets + o_c, mask=m_c, other=0)
+    y = tl.maximum(tl.load(p_targets + o_c, mask=m_c, other=0), 0)  # -1: of another slice, with a slope of 0
     slope_y = tl.load(p_slope_y + o_c, mask=m_c, other=0.0)
     S = tl.load(p_sum + o_c, mask=m_c, other=1.0)
     p_w = p_weight + y[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
@@ -171,3 +172,27 @@ def u_kernel(
     # Without competitors there is nothing to divide.
     product = tl.load(p_product + o, mask=m, other=0.0) * tl.where(S == 0.0, 0.0, factor / S)[:, None]
     tl.store(p_u + o, rounded(slope_y[:, None] * w - product, p_u.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["C", "V"], do_not_specialize_on_alignment=["p_factor"])
+def scale_kernel(
+    p_tile,  # [C, V]
+    p_factor,  # [C] fp32
+    stride_t,
+    C,
+    V,
+    BC: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Multiplies the rows whose factor is not 1; a program whose BC rows need nothing returns at once."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    factor = tl.load(p_factor + o_c, mask=o_c < C, other=1.0)
+    m_c = (o_c < C) & (factor != 1.0)
+    if tl.max(m_c.to(tl.int32), 0) == 0:
+        return
+    for v in range(tl.program_id(1) * BV, V, BV * tl.num_programs(1)):
+        o_v = v + tl.arange(0, BV)
+        m = m_c[:, None] & (o_v < V)[None, :]
+        p_t = p_tile + o_c.to(tl.int64)[:, None] * stride_t + o_v[None, :]
+        tile = tl.load(p_t, mask=m, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(p_t, rounded(tile, p_tile.dtype.element_ty), mask=m)

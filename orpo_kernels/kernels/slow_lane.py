@@ -6,7 +6,8 @@ again relative to its own largest competitor:
 
     slow_kernel(MAXIMA)         the row's maximum in each tile, [ceil(V / BV), C]
     rows.maximum_kernel         base = the largest of them
-    slow_kernel(EXPONENTIALS)   its sums and, where they are stored, its exponentials, between 0 and 1
+    slow_kernel(EXPONENTIALS)   its sums and, where they are stored, its exponentials, between 0 and 1; and of the
+                                statistics those that are relative to `base`
 
 after which everything that follows from `base` and `S` holds for it as for any other row, its competitors
 down to 2^-126 of the largest included. Nothing is read back to the host: the kernels are always launched, and
@@ -33,6 +34,7 @@ from orpo_kernels.kernels.tile import (
     store_tile,
     with_bias,
 )
+from orpo_kernels.kernels.tile_statistics import of_tile, store_moments
 
 MAXIMA = tl.constexpr(3)
 
@@ -57,6 +59,7 @@ def slow_kernel(
     p_first_sum,  # [C] fp32: S of the first pass
     p_tile,  # [C, n_v BV], or None
     p_partial,  # [n_v, C] fp32: maxima or sums of abnormal rows
+    p_planes,  # of `tile_statistics`, or None
     stride_hr,
     stride_hd,
     stride_wv,
@@ -68,6 +71,7 @@ def slow_kernel(
     logit_scale,
     softcap,
     EPILOGUE: tl.constexpr,
+    WANTED: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -95,8 +99,11 @@ def slow_kernel(
             t = tl.where(competes(y, o_v, V), t, -float("inf"))
             tl.store(p_out + o_c, tl.max(t, 1), mask=m_slow)
         else:
-            e, r = exponentials(x, p_bias, y, base, i_v * BV, V, logit_scale, softcap, BV)
+            e, r, t = exponentials(x, p_bias, y, base, i_v * BV, V, logit_scale, softcap, BV)
             tl.store(p_out + o_c, tl.sum(e, 1), mask=m_slow)
+            if WANTED:
+                found = of_tile(e, t, y, i_v * BV, V, BV, WANTED)
+                store_moments(p_planes, found, i_v, tl.cdiv(V, BV), o_c, C, m_slow, WANTED)
             if p_tile is not None:
                 if softcap is not None:
                     e = e * slope(r, logit_scale, softcap)

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from orpo_kernels import interpreter
+from orpo_kernels.kernels import tile_statistics as statistics
 
 SUMS = tl.constexpr(0)
 EXPONENTIALS = tl.constexpr(1)
@@ -182,16 +183,18 @@ def has_target(y, first, W: tl.constexpr):
 
 @triton.jit
 def exponentials(x, p_bias, y, base, first, V, logit_scale, softcap, W: tl.constexpr):
-    """Exponentials of competitors [BC, W], 0 elsewhere, and the `bent` numbers that their slopes follow from.
+    """Exponentials of competitors [BC, W], 0 elsewhere, the `bent` numbers that their slopes follow from, and the
+    exponents, which are not masked.
 
     x: `W h` for W entries of the vocabulary from `first` on. base: [BC].
     """
     o_v = first + tl.arange(0, W)
     r = bent(with_bias(x, p_bias, o_v, V), logit_scale, softcap)
     t = log2_above(r, base[:, None], logit_scale, softcap)
+    masked = t
     if has_target(y, first, W) | (first + W > V):
-        t = tl.where(competes(y, o_v, V), t, -float("inf"))
-    return tl.exp2(t), r
+        masked = tl.where(competes(y, o_v, V), t, -float("inf"))
+    return tl.exp2(masked), r, t
 
 
 @triton.jit
@@ -246,12 +249,14 @@ def finish(
     logit_scale,
     softcap,
     EPILOGUE: tl.constexpr,
+    WANTED: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
     W: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """The epilogue of W columns of a tile; returns their row sums (GRADIENT: zeros, it stores the columns' itself)."""
+    """The epilogue of W columns of a tile; returns their row sums (GRADIENT: zeros, it stores the columns' itself) and
+    the statistics WANTED."""
     o_c = i_c * BC + tl.arange(0, BC)
     if EPILOGUE == GRADIENT:
         tile = gradient(x, p_bias, y, reference, c_s, first, V, logit_scale, softcap, W)
@@ -259,9 +264,11 @@ def finish(
         if p_sums is not None:
             p_columns = p_sums + i_c.to(tl.int64) * (n_v * BV) + first
             tl.store(p_columns + tl.arange(0, W), tl.sum(tile, 0))
+        found = statistics.of_tile(tile, tile, y, first, V, W, 0)
     else:
-        tile, r = exponentials(x, p_bias, y, reference, first, V, logit_scale, softcap, W)
+        tile, r, t = exponentials(x, p_bias, y, reference, first, V, logit_scale, softcap, W)
         sums = tl.sum(tile, 1)
+        found = statistics.of_tile(tile, t, y, first, V, W, WANTED)
         if p_tile is not None and softcap is not None:
             tile = tile * slope(r, logit_scale, softcap)
     if p_tile is not None:
@@ -269,7 +276,7 @@ def finish(
             p_tile.store([i_c * BC, first], rounded(tile, p_tile.dtype))
         else:
             store_tile(p_tile, stride_t, tile, o_c, first + tl.arange(0, W), o_c < C)
-    return sums
+    return sums, found
 
 
 @triton.jit
@@ -296,20 +303,22 @@ def finish_halves(
     logit_scale,
     softcap,
     EPILOGUE: tl.constexpr,
+    WANTED: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
     W: tl.constexpr,
 ):
     """`finish` of W columns, one half after the other, stored by descriptor."""
     left, right = halved(x, BC, W)
-    sums = finish(
+    sums, found = finish(
         left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
-        logit_scale, softcap, EPILOGUE, BC, BV, W // 2, True,
+        logit_scale, softcap, EPILOGUE, WANTED, BC, BV, W // 2, True,
     )  # fmt: skip
-    return sums + finish(
+    sums_right, found_right = finish(
         right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + W // 2, C, V, n_v,
-        logit_scale, softcap, EPILOGUE, BC, BV, W // 2, True,
+        logit_scale, softcap, EPILOGUE, WANTED, BC, BV, W // 2, True,
     )  # fmt: skip
+    return sums + sums_right, statistics.joined(found, found_right)
 
 
 @triton.jit
@@ -324,6 +333,7 @@ def make_tile(
     p_coefficient,
     p_tile,
     p_sums,
+    p_planes,
     stride_hr,
     stride_hd,
     stride_wv,
@@ -336,6 +346,7 @@ def make_tile(
     logit_scale,
     softcap,
     EPILOGUE: tl.constexpr,
+    WANTED: tl.constexpr,
     BC: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -365,21 +376,25 @@ def make_tile(
     if PERSISTENT:
         # In quarters: registers and shared memory for no more of it at a time.
         left, right = halved(x, BC, BV)
-        sums = finish_halves(
+        sums, found = finish_halves(
             left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
-            logit_scale, softcap, EPILOGUE, BC, BV, BV // 2,
+            logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV // 2,
         )  # fmt: skip
-        sums += finish_halves(
+        sums_right, found_right = finish_halves(
             right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + BV // 2, C, V, n_v,
-            logit_scale, softcap, EPILOGUE, BC, BV, BV // 2,
+            logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV // 2,
         )  # fmt: skip
+        sums += sums_right
+        found = statistics.joined(found, found_right)
     else:
-        sums = finish(
+        sums, found = finish(
             x, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
-            logit_scale, softcap, EPILOGUE, BC, BV, BV, False,
+            logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV, False,
         )  # fmt: skip
     if EPILOGUE != GRADIENT:
         tl.store(p_sums + i_v.to(tl.int64) * C + o_c, sums, mask=m_c)
+        if WANTED:
+            statistics.store(p_planes, found, y, i_v, n_v, BV, o_c, C, m_c, WANTED)
 
 
 # Slices of the tokens' own numbers start anywhere: one compiled kernel serves them all.
@@ -397,6 +412,7 @@ def tile_kernel(
     p_coefficient,  # [C] fp32, `c s`: GRADIENT only
     p_tile,  # [C, n_v BV], for EXPONENTIALS and GRADIENT; a descriptor of [BC, BV / 4] blocks if PROGRAMS
     p_sums,  # fp32: of rows [n_v, C]; for GRADIENT of columns [n_c, n_v BV], or None
+    p_planes,  # fp32: of `tile_statistics`, or None
     stride_hr,
     stride_hd,
     stride_wv,
@@ -409,6 +425,7 @@ def tile_kernel(
     logit_scale,
     softcap,
     EPILOGUE: tl.constexpr,
+    WANTED: tl.constexpr,  # statistics besides the sums
     BC: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -421,13 +438,13 @@ def tile_kernel(
         n_tiles = tl.cdiv(C, BC) * tl.cdiv(V, BV)
         for i in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
             make_tile(
-                i, p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums,
+                i, p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums, p_planes,
                 stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
-                EPILOGUE, BC, BV, BD, GROUP, EVEN_D, PRECISION, True,
+                EPILOGUE, WANTED, BC, BV, BD, GROUP, EVEN_D, PRECISION, True,
             )  # fmt: skip
     else:
         make_tile(
             tl.program_id(0), p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums,
-            stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
-            EPILOGUE, BC, BV, BD, GROUP, EVEN_D, PRECISION, False,
+            p_planes, stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
+            EPILOGUE, WANTED, BC, BV, BD, GROUP, EVEN_D, PRECISION, False,
         )  # fmt: skip

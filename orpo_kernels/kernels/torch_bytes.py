@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 
 from orpo_kernels.fit import Bytes
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 
 # A row's own numbers (references, sums, masks, indices) of four bytes, rounded up.
 _ROW_BYTES = 128
 
 
 def tile_bytes(
-    hidden_size: int, dtype: torch.dtype, *, softcap: bool, has_adapter: bool, cpu: bool
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    softcap: bool,
+    has_adapter: bool,
+    cpu: bool,
+    statistics: Statistics = NO_STATISTICS,
 ) -> tuple[Bytes, Bytes]:
     """Of a tile in the forward and in the backward. hidden_size: the product's inner dimension, adapters included."""
     item = dtype.itemsize
@@ -30,7 +37,15 @@ def tile_bytes(
         token += hidden_size * wide
         forward += hidden_size * wide
         backward += hidden_size * wide * (1 if mixed else 2)
-    return Bytes(token, logit, forward), Bytes(token, logit, backward)
+    forward_token, forward_logit, backward_logit = token, logit, logit
+    if statistics.asked:
+        forward_token += _ROW_BYTES * wide // 4
+        # The exponentials beside the logits, and which of these are before the target.
+        forward_logit += wide * statistics.second_tile + statistics.is_top1
+    if statistics.entropy_grad:
+        forward_token += hidden_size * wide * mixed
+        backward_logit += wide
+    return Bytes(forward_token, forward_logit, forward), Bytes(token, backward_logit, backward)
 
 
 def kept_bytes(vocab_size: int, dtype: torch.dtype, block: int) -> int:

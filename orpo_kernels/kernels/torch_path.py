@@ -21,12 +21,23 @@ by widening the operands, which is exact.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.kernels.interface import Forward, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.kernels.interface import (
+    EntropyGradient,
+    Forward,
+    Head,
+    HeadGradients,
+    KeptLogitGrads,
+    TargetLogits,
+    Tokens,
+)
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics, TokenStatistics, entropy_slopes
+from orpo_kernels.kernels.torch_statistics import LEAST_LOG, RunningStatistics
 from orpo_kernels.plan import MIB, Schedule
 
 # e^8 = 2981 fits fp16 and costs no accuracy; a larger slack would only help inputs no model produces.
@@ -35,81 +46,161 @@ _SLACK = 8.0
 _PART = 33 * MIB
 
 
-def forward(tokens: Tokens, head: Head, schedule: Schedule, want_u: bool) -> Forward:
-    """Log-probability terms of every token; see `interface` for the symbols and shapes."""
-    n, d, v = tokens.targets.numel(), head.inner_size, head.weight.shape[0]
-    wide, device = head.accumulation_dtype, head.weight.device
+def forward(
+    tokens: Tokens, head: Head, schedule: Schedule, want_u: bool, wanted: Statistics = NO_STATISTICS
+) -> Forward:
+    """See `interface.Backend`."""
+    n, v, wide = tokens.targets.numel(), head.weight.shape[0], head.accumulation_dtype
+    device = head.weight.device
     math = _Products(head, device)
-    log_odds = torch.empty(n, dtype=wide, device=device)
-    lse = torch.empty(n, dtype=wide, device=device)
     # On a CPU u is wide: the sum grows in its place, and the gradient is rounded once.
     u_dtype = wide if device.type == "cpu" else head.compute_dtype
-    u = torch.empty(n, d, dtype=u_dtype, device=device) if want_u else None
-    block = schedule.forward_block
-    kept = _empty_kept(schedule.keep_rows, head, block) if schedule.keep_rows else None
 
-    for chunk in chunks_of(n, schedule.forward_chunk, schedule.keep_rows):
-        h = math.hidden_rows(tokens, chunk)
-        y = tokens.targets[chunk]
-        keep = kept is not None and chunk.start < schedule.keep_rows
-        c = y.numel()
-        reference = torch.full((c,), -torch.inf, dtype=wide, device=device)
-        sums = torch.zeros(c, dtype=wide, device=device)
-        z_y = torch.zeros(c, dtype=wide, device=device)
-        slope_y = torch.full((c,), head.logit_scale, dtype=wide, device=device)
-        # Where u is as wide as the sum of products, the sum grows in its place.
-        total = None
-        if u is not None:
-            total = u[chunk] if u.dtype == wide else torch.empty(c, d, dtype=wide, device=device)
-            total.zero_()
-        tile = math.tile_buffer(c, min(block, v))
+    def numbers(asked: bool = True, dtype: torch.dtype = wide) -> Tensor | None:
+        return torch.empty(n, dtype=dtype, device=device) if asked else None
 
+    def rows(asked: bool) -> Tensor | None:
+        return torch.empty(n, head.inner_size, dtype=u_dtype, device=device) if asked else None
+
+    log_odds, lse = numbers(), numbers()
+    assert log_odds is not None
+    assert lse is not None
+    statistics = TokenStatistics(
+        numbers(wanted.entropy),
+        numbers(wanted.log_sum_sq_probs),
+        numbers(wanted.mean_logits),
+        numbers(wanted.is_top1, torch.bool),
+        rows(wanted.entropy_grad and want_u),
+    )
+    block, keep = schedule.forward_block, schedule.keep_rows
+    out = Forward(log_odds, lse, rows(want_u), _empty_kept(keep, head, block) if keep else None, statistics)
+    for chunk in chunks_of(n, schedule.forward_chunk, keep):
+        running = _Chunk(math, tokens, chunk, min(block, v), out, wanted, keep=chunk.start < keep)
         for group, columns in enumerate(chunks_of(v, block)):
-            w = math.weight_rows(columns)
-            # Where kept values are as wide as logits, the tile is made in their place.
-            own = kept.tile(chunk, columns) if keep and kept is not None and head.compute_dtype == wide else None
-            z, slope = math.logits(h, w, columns, tile if own is None else own, want_slope=want_u or keep)
-            at, inside = _target_columns(y, columns)
-            z_at = z.gather(1, at)
-            z_y = torch.where(inside, z_at.squeeze(1), z_y)
-            z.scatter_(1, at, z_at.masked_fill(inside[:, None], -torch.inf))
-            if slope is not None:
-                slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), slope_y)
+            running.add_tile(group, columns)
+        running.finish()
+        del running  # before the next chunk's is made
+    return out
 
-            new_reference = _follow(reference, z.amax(1))
-            e = z.sub_(_finite(new_reference)[:, None]).exp_()
-            decay = torch.exp(reference - _finite(new_reference))
-            sums = sums * decay + e.sum(1)
-            if slope is not None:
-                e.mul_(slope)
-            if keep and kept is not None:
-                if own is None:
-                    kept.tile(chunk, columns).copy_(e)
-                kept.reference[chunk, group] = _finite(new_reference)
-            if total is not None:
-                # On a GPU asking whether anything moved would wait for the device.
-                if total.is_cuda or not torch.equal(reference, new_reference):
-                    total.mul_(decay[:, None])
-                math.add_product(total, e, w)
-            reference = new_reference
-            # Python would hold these until the next block's are there.
-            del w, z, e, slope
 
+class _Chunk:
+    """A chunk of tokens on its way through the vocabulary: sums that its tiles add to, in `out` where they can."""
+
+    def __init__(
+        self,
+        math: _Products,
+        tokens: Tokens,
+        chunk: slice,
+        block: int,
+        out: Forward,
+        wanted: Statistics,
+        keep: bool,
+    ) -> None:
+        self.math, self.chunk, self.out, self.wanted = math, chunk, out, wanted
+        self.h: Tensor | None = math.hidden_rows(tokens, chunk)
+        self.y = tokens.targets[chunk]
+        self.kept = out.kept if keep else None
+        c, wide = self.y.numel(), math.wide
+        self.sums = torch.zeros(c, dtype=wide, device=self.y.device)
+        self.known = tokens.known is not None
+        if tokens.known is None:
+            self.z_y = torch.zeros_like(self.sums)
+            self.slope_y = torch.full_like(self.sums, math.head.logit_scale)
+        else:
+            self.z_y, self.slope_y = tokens.known.value[chunk].to(wide), tokens.known.slope[chunk]
+        self.reference = torch.full_like(self.sums, -torch.inf)
+        self.product = self._sum_of_products(out.u)
+        self.entropy_product = self._sum_of_products(out.statistics.entropy_u)
+        self.tile: Tensor | None = math.tile_buffer(c, block)
+        spare = torch.empty(c * block, dtype=wide, device=self.y.device) if wanted.second_tile else None
+        self.statistics = RunningStatistics(wanted, self.sums, spare)
+
+    def _sum_of_products(self, u: Tensor | None) -> Tensor | None:
+        """Zeros [C, D]: where u is as wide as the sum, in its place."""
+        if u is None:
+            return None
+        return (u[self.chunk] if u.dtype == self.math.wide else u[self.chunk].to(self.math.wide)).zero_()
+
+    def add_tile(self, group: int, columns: slice) -> None:
+        math, kept = self.math, self.kept
+        assert self.h is not None
+        assert self.tile is not None
+        w = math.weight_rows(columns)
+        # Where kept values are as wide as logits, the tile is made in their place.
+        own = kept.tile(self.chunk, columns) if kept is not None and math.head.compute_dtype == math.wide else None
+        want_slope = self.product is not None or kept is not None
+        z, slope = math.logits(self.h, w, columns, self.tile if own is None else own, want_slope=want_slope)
+        self.statistics.see_logits(z)
+        at, inside = _target_columns(self.y, columns)
+        z_at = z.gather(1, at).squeeze(1)
+        if not self.known:
+            self.z_y = torch.where(inside, z_at, self.z_y)
+        z.scatter_(1, at, z_at.masked_fill(inside, -torch.inf)[:, None])
+        if slope is not None and not self.known:
+            self.slope_y = torch.where(inside, slope.gather(1, at).squeeze(1), self.slope_y)
+        maximum = z.amax(1)
+        self.statistics.see_competitors(z, maximum, z_at, at, inside, self.y >= columns.stop)
+
+        old, self.reference = self.reference, _follow(self.reference, maximum)
+        reference = _finite(self.reference)
+        e, above = self.statistics.exponentials(z, reference)
+        decay, moved = torch.exp(old - reference), _finite(old) - reference
+        self.statistics.see_exponentials(e, above, decay, moved, self.sums)
+        self.sums = self.sums * decay + e.sum(1)
+        if slope is not None:
+            e.mul_(slope)
+        if kept is not None:
+            if own is None:
+                kept.tile(self.chunk, columns).copy_(e)
+            kept.reference[self.chunk, group] = reference
+        if self.product is None:
+            return
+        # On a GPU asking whether anything moved would wait for the device.
+        rescale = self.product.is_cuda or not torch.equal(old, self.reference)
+        if self.entropy_product is not None and above is not None:
+            if rescale:
+                self.entropy_product.addcmul_(self.product, moved[:, None]).mul_(decay[:, None])
+            math.add_product(self.entropy_product, above if slope is None else above.mul_(slope), w)
+        if rescale:
+            self.product.mul_(decay[:, None])
+        math.add_product(self.product, e, w)
+
+    def finish(self) -> None:
+        """Writes the chunk's part of `out`."""
+        # Buffers that have served, before the targets' rows are gathered.
+        self.h = self.tile = self.statistics.tile = None
+        out, chunk, found = self.out, self.chunk, self.out.statistics
         # No competitor at all (V = 1): L = -inf, the target is certain, and q is 0.
-        lse[chunk] = _finite(reference) + torch.log(sums)
+        out.lse[chunk] = _finite(self.reference) + torch.log(self.sums)
         # A target's logit of +inf is an overflow, not certainty.
-        log_odds[chunk] = torch.where(z_y == torch.inf, torch.nan, z_y - lse[chunk])
-        del h, tile
-        if u is not None and total is not None:
-            inverse = torch.where(sums == 0, 0.0, 1.0 / sums)
-            if head.softcap is None:
-                inverse = inverse * head.logit_scale
-            total.mul_(inverse.neg_()[:, None])
-            math.add_target_rows(total, y, slope_y)
-            if u.dtype != wide:
-                u[chunk] = total
-        del total
-    return Forward(log_odds, lse, u, kept)
+        log_odds = torch.where(self.z_y == torch.inf, torch.nan, self.z_y - out.lse[chunk])
+        out.log_odds[chunk] = log_odds
+        if found.entropy is not None:
+            found.entropy[chunk] = self.statistics.entropy(log_odds, self.sums)
+        if found.log_sum_sq_probs is not None:
+            found.log_sum_sq_probs[chunk] = self.statistics.log_sum_sq_probs(log_odds, self.sums)
+        if found.mean_logits is not None:
+            found.mean_logits[chunk] = self.statistics.total / self.math.head.weight.shape[0]
+        if found.is_top1 is not None:
+            found.is_top1[chunk] = self.statistics.is_top1(self.z_y)
+        if out.u is None or self.product is None:
+            return
+        inverse = torch.where(self.sums == 0, 0.0, 1.0 / self.sums).neg_()
+        if self.math.head.softcap is None:
+            inverse = inverse * self.math.head.logit_scale
+        if self.entropy_product is not None and found.entropy_u is not None and found.entropy is not None:
+            s, slopes = torch.sigmoid(-log_odds), entropy_slopes(log_odds, found.entropy[chunk])
+            level = slopes.level - s * _finite(self.sums.log())
+            self.entropy_product.mul_(s[:, None]).addcmul_(self.product, level[:, None])
+            self._write(found.entropy_u, self.entropy_product, inverse, slopes.own * self.slope_y)
+            self.entropy_product = None
+        self._write(out.u, self.product, inverse, self.slope_y)
+
+    def _write(self, u: Tensor, product: Tensor, factor: Tensor, of_target: Tensor) -> None:
+        """u = factor product + of_target W[y], for the chunk; in the place of the product."""
+        self.math.add_target_rows(product.mul_(factor[:, None]), self.y, of_target)
+        if u.dtype != product.dtype:
+            u[self.chunk] = product
 
 
 def weight_gradient(
@@ -122,6 +213,7 @@ def weight_gradient(
     want_weight: bool,
     want_bias: bool,
     want_adapter: bool = False,
+    entropy: EntropyGradient | None = None,
 ) -> HeadGradients:
     """See `interface.Backend`."""
     n, v = tokens.targets.numel(), head.weight.shape[0]
@@ -135,18 +227,14 @@ def weight_gradient(
     size = head.weight.shape[1]
     trained = slice(0 if want_weight else size, head.inner_size if d_adapter is not None else size)
     in_place = d_adapter is None and d_weight is not None and d_weight.dtype == wide
-    # fp16 operands: coefficients far below one would underflow in the stored tile; fp32 output takes the scale.
-    largest = None
-    if math.operand_dtype == torch.float16:
-        largest = coefficient.abs().amax().clamp_min(torch.finfo(wide).tiny) if n else None
-        coefficient = coefficient if largest is None else coefficient / largest
+    largest = _largest(coefficient, entropy, math)
+    scale = (1.0 if head.softcap is not None else head.logit_scale) / (1.0 if largest is None else largest)
     keep_rows = kept.reference.shape[0] if kept is not None else 0
-    if head.softcap is None:
-        coefficient = coefficient * head.logit_scale
     # One group of kept columns shares a reference, so blocks must not straddle groups.
     block = schedule.backward_block if kept is None else min(schedule.backward_block, kept.columns)
     chunk_size = max(schedule.backward_chunk, 1)
     tile = math.tile_buffer(min(chunk_size, n), min(block, v))
+    spare = None if entropy is None else torch.empty(min(chunk_size, n) * min(block, v), dtype=wide, device=device)
     slope_y = None if head.softcap is None else _slopes_of_kept(math, tokens, keep_rows, max(1, chunk_size // 4))
 
     wide_columns = 0 if in_place else trained.stop - trained.start
@@ -164,12 +252,14 @@ def weight_gradient(
         for chunk in chunks:
             h = math.hidden_rows(tokens, chunk) if whole is None else whole
             target = _target_columns(tokens.targets[chunk], columns)
+            of_chunk = _factors(coefficient, entropy, chunk, scale)
             if kept is not None and chunk.start < keep_rows:
-                slope_at = torch.ones_like(coefficient[chunk]) if slope_y is None else slope_y[chunk]
+                slope_at = torch.ones_like(of_chunk.own) if slope_y is None else slope_y[chunk]
                 q = _kept_competitors(math.tile(tile, h.shape[0], width), kept, chunk, columns, lse[chunk])
+                q.mul_(of_chunk.level[:, None])
             else:
-                q, slope_at = _competitors(math, h, w, columns, tile, lse[chunk], target[0])
-            _into_gradient(q, slope_at, coefficient[chunk], *target)
+                q, slope_at = _competitors(math, h, w, columns, tile, spare, lse[chunk], of_chunk, target[0])
+            _into_gradient(q, slope_at * of_chunk.own, *target)
             if total is not None:
                 math.add_product(total, q.t(), h[:, trained])
             if total_bias is not None:
@@ -187,6 +277,39 @@ def weight_gradient(
             kept.release(columns)
         del w, total
     return HeadGradients(d_weight, d_bias, d_adapter)
+
+
+def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+    """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
+    math = _Products(head, head.weight.device)
+    n, wide = tokens.targets.numel(), head.accumulation_dtype
+    value = torch.zeros(n, dtype=torch.float64, device=head.weight.device)
+    slope = torch.zeros(n, dtype=wide, device=head.weight.device)
+    # A row's operands and their products take the room of its tile.
+    for part in chunks_of(n, max(1, schedule.forward_chunk // 4)):
+        y = tokens.targets[part]
+        for all_of, found in zip((value, slope), math.target_logits(math.hidden_rows(tokens, part), y), strict=True):
+            all_of[part] = torch.where(y < 0, 0.0, found)
+    return TargetLogits(value, slope)
+
+
+def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+    """Nothing to do: the target's entry is put in by the gradient."""
+
+
+def settle_u(u: Tensor, tokens: Tokens, head: Head, own: Tensor, rest: Tensor, step: int) -> None:
+    """u [N, D] of a slice, in place, as its part of the whole vocabulary's u.
+
+    The forward gave `f'_y W[y] - (q_p f') W` with q_p over the slice's own competitors. The whole vocabulary's q is
+    `own` [N] times that, so this part is `own u + rest f'_y W[y]` with `rest` = 1 - own. step: tokens at a time.
+    """
+    assert tokens.known is not None
+    math = _Products(head, head.weight.device)
+    for part in chunks_of(u.shape[0], step):
+        total = u[part].to(math.wide).mul_(own[part, None])
+        math.add_target_rows(total, tokens.targets[part], rest[part].to(math.wide) * tokens.known.slope[part])
+        if u.dtype != math.wide:
+            u[part] = total
 
 
 class _Products:
@@ -226,6 +349,7 @@ class _Products:
     def target_rows(self, y: Tensor) -> Tensor:
         """The targets' rows of the weight [C, D + r], rounded to the compute dtype, wide."""
         parts = [self.head.weight] + ([] if self.head.adapter is None else [self.head.adapter])
+        y = y.clamp_min(0)  # -1: none of the rows; the caller has a slope of 0 for it
         rows = [part.index_select(0, y).to(self.head.compute_dtype).to(self.wide) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
@@ -284,14 +408,16 @@ class _Products:
         """total += f'_y W[y]."""
         total.addcmul_(self.target_rows(y), slope_y[:, None])
 
-    def target_slope(self, h: Tensor, y: Tensor) -> Tensor:
-        """f' at the target's logit under a soft-cap, from a row dot."""
+    def target_logits(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z and f' at the target [C], from a row dot."""
         head = self.head
-        assert head.softcap is not None
         x = (h.to(self.wide) * self.target_rows(y)).sum(1)
         if head.bias is not None:
-            x += head.bias.index_select(0, y).to(head.compute_dtype).to(self.wide)
-        return head.logit_scale * (1 - torch.tanh(x * (head.logit_scale / head.softcap)).square())
+            x += head.bias.index_select(0, y.clamp_min(0)).to(head.compute_dtype).to(self.wide)
+        if head.softcap is None:
+            return x * head.logit_scale, torch.full_like(x, head.logit_scale)
+        bent = torch.tanh(x * (head.logit_scale / head.softcap))
+        return head.softcap * bent, head.logit_scale * (1 - bent.square())
 
 
 def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) -> Tensor | None:
@@ -299,7 +425,7 @@ def _slopes_of_kept(math: _Products, tokens: Tokens, keep_rows: int, step: int) 
     parts = list(chunks_of(keep_rows, step))
     if not parts:
         return None
-    return torch.cat([math.target_slope(math.hidden_rows(tokens, p), tokens.targets[p]) for p in parts])
+    return torch.cat([math.target_logits(math.hidden_rows(tokens, p), tokens.targets[p])[1] for p in parts])
 
 
 def _kept_competitors(tile: Tensor, kept: KeptLogitGrads, chunk: slice, columns: slice, lse: Tensor) -> Tensor:
@@ -308,22 +434,64 @@ def _kept_competitors(tile: Tensor, kept: KeptLogitGrads, chunk: slice, columns:
     return tile.copy_(kept.tile(chunk, columns)).mul_(torch.exp(reference - _finite(lse))[:, None])
 
 
+class _Factors(NamedTuple):
+    """dLoss/dx = own f' at the target's x and q (level + per_nat log q) f' elsewhere, with f' less a linear head's
+    scale: [N] each."""
+
+    own: Tensor
+    level: Tensor
+    per_nat: Tensor | None
+
+
+def _largest(coefficient: Tensor, entropy: EntropyGradient | None, math: _Products) -> Tensor | None:
+    """What tiles are divided by, and their products multiplied by; None for 1.
+
+    As fp16 operands, coefficients far below one would underflow in the stored tile; fp32 output takes the scale.
+    """
+    if math.operand_dtype != torch.float16 or not coefficient.numel():
+        return None
+    largest = torch.stack([x.abs().amax() for x in (coefficient, *(entropy or ()))]).amax()
+    return largest.clamp_min(torch.finfo(math.wide).tiny)
+
+
+def _factors(coefficient: Tensor, entropy: EntropyGradient | None, chunk: slice, scale: Tensor | float) -> _Factors:
+    level = coefficient[chunk] * -scale
+    if entropy is None:
+        return _Factors(-level, level, None)
+    return _Factors(entropy.own[chunk] * scale, level, entropy.per_nat[chunk] * -scale)
+
+
 def _competitors(
-    math: _Products, h: Tensor, w: Tensor | None, columns: slice, tile: Tensor, lse: Tensor, at: Tensor
+    math: _Products,
+    h: Tensor,
+    w: Tensor | None,
+    columns: slice,
+    tile: Tensor,
+    spare: Tensor | None,
+    lse: Tensor,
+    factors: _Factors,
+    at: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """q f' [C, Vb] in `tile`, from new logits, and f' at the columns `at` [C]; f' without the logit scale."""
+    """q (level + per_nat log q) f' [C, Vb] in `tile`, from new logits, and f' at the columns `at` [C].
+
+    spare: memory for another tile, for `per_nat`.
+    """
     assert w is not None
-    q, slope = math.logits(h, w, columns, tile, want_slope=True)
-    q.sub_(_finite(lse)[:, None]).exp_()
+    z, slope = math.logits(h, w, columns, tile, want_slope=True)
+    if spare is None or factors.per_nat is None:
+        q = z.sub_(_finite(lse)[:, None]).exp_().mul_(factors.level[:, None])
+    else:
+        log_q = spare[: z.numel()].view(z.shape)
+        torch.sub(z, _finite(lse)[:, None], out=log_q).clamp_(min=LEAST_LOG)
+        q = torch.exp(log_q, out=z).mul_(log_q.mul_(factors.per_nat[:, None]).add_(factors.level[:, None]))
     if slope is None:
         return q, torch.ones_like(lse)
     return q.mul_(slope), slope.gather(1, at).squeeze(1)
 
 
-def _into_gradient(q: Tensor, slope_at: Tensor, c_s: Tensor, at: Tensor, inside: Tensor) -> None:
-    """c s (onehot - q) f' in the place of q f' [C, Vb], whose target's entry was e^(z_y - L), without bound."""
-    q.scatter_(1, at, torch.where(inside[:, None], -slope_at[:, None], q.gather(1, at)))
-    q.mul_(-c_s[:, None])
+def _into_gradient(q: Tensor, own: Tensor, at: Tensor, inside: Tensor) -> None:
+    """Puts `own` [C] in the place of the targets' entries of q [C, Vb], which were without bound."""
+    q.scatter_(1, at, torch.where(inside[:, None], own[:, None], q.gather(1, at)))
 
 
 def _empty_kept(rows: int, head: Head, block: int) -> KeptLogitGrads:

@@ -13,7 +13,8 @@ from orpo_kernels.fit import Bytes
 DTYPES = (torch.bfloat16, torch.float32)
 # A row's own numbers (references, sums, masks, indices), rounded up.
 _ROW_BYTES = 128
-# Tiles have from 64 to 256 columns: rows are as long as whole tiles, and each tile leaves a sum a row.
+# Tiles have from 64 to 256 columns: rows are as long as whole tiles, and each tile leaves a sum a row, and a number for
+# each statistic.
 _TILE_COLUMNS = (64, 256)
 
 
@@ -26,18 +27,20 @@ def tile_bytes(
     cast: bool,
     cpu: bool,
     gathers: tuple[bool, bool],
+    statistics: int = 0,
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Of a tile in the forward, in a backward of all tokens at once, and in one of chunks of them.
 
     cast: the weight is of another dtype than `dtype`, the products'.
     gathers: whether forward and backward copy the rows of hidden.
+    statistics: how many the forward is asked for.
     """
     item, wide = dtype.itemsize, 4
     mixed = item < wide
     narrowest, widest = _TILE_COLUMNS
     # A token's row of hidden as an operand, its tiles' sums, and in the forward its product E W before it becomes u.
     forward_row, backward_row = (_ROW_BYTES + (hidden_size * item if copies else 0) for copies in gathers)
-    ends = (widest - 1) * item + wide * -(-vocab_size // narrowest)
+    ends = (widest - 1) * item + wide * (1 + statistics) * -(-vocab_size // narrowest)
     product = hidden_size * wide if mixed and train_hidden else 0
     forward = Bytes(forward_row + ends + product, item if train_hidden else 0, 0)
     # An entry's gradient in fp32 before it is rounded, where a product does not round it; the weight's row where it is

@@ -5,7 +5,7 @@ Forward, for a chunk of tokens:
     target_kernel   z_y and the first base of every row, once for all chunks
     tile_kernel     exponentials E [C, V] of the competitors (only their sums where u is not wanted)
     sum_kernel      S, L and the log-odds
-    slow lane       base, E and S of rows that the first pass could not hold; see `slow_lane`
+    slow lane       base, E and S (and moments) of rows that the first pass could not hold; see `slow_lane`
     E W             by the library, in fp32
     u_kernel        u = f'_y W[y] - (E W) / S; and where E is kept, its entry at the target becomes -S f'_y
 
@@ -28,18 +28,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
-from orpo_kernels.kernels.interface import Forward, Head, HeadGradients, KeptLogitGrads, Tokens
+from orpo_kernels.kernels.interface import (
+    EntropyGradient,
+    Forward,
+    Head,
+    HeadGradients,
+    KeptLogitGrads,
+    TargetLogits,
+    Tokens,
+)
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
-from orpo_kernels.kernels.rows import maximum_kernel, sum_kernel, target_kernel, u_kernel
+from orpo_kernels.kernels.rows import maximum_kernel, scale_kernel, sum_kernel, target_kernel, u_kernel
 from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
+from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
 from orpo_kernels.kernels.triton_bytes import DTYPES
+from orpo_kernels.kernels.triton_statistics import GatheredStatistics
 from orpo_kernels.plan import Schedule
 
 # Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
 _SLICES = 64
 # How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
+# Of a kept row's sum, as a logarithm: bf16 and fp32 hold e^88.
+_LARGEST_SUM = 64.0
 # Stated, as Triton's default changes between versions.
 _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -61,7 +73,13 @@ def supports(head: Head, tokens_device: torch.device) -> str | None:
 
 
 def forward(
-    tokens: Tokens, head: Head, schedule: Schedule, want_u: bool, *, config: TileConfig | None = None
+    tokens: Tokens,
+    head: Head,
+    schedule: Schedule,
+    want_u: bool,
+    wanted: Statistics = NO_STATISTICS,
+    *,
+    config: TileConfig | None = None,
 ) -> Forward:
     """Log-probability terms of every token; see `interface` for the symbols and shapes.
 
@@ -77,8 +95,9 @@ def forward(
             "schedule with full_vocab_tiles=True, and Plan.scratch_bytes large enough for that"
         )
     what = "exponentials" if want_u else "sums"
-    config = config or _default_config(head, what, min(n, schedule.forward_chunk))
+    config = config or _default_config(head, what, min(n, schedule.forward_chunk), bool(wanted.asked))
     launch = _Launcher(head, config)
+    statistics = GatheredStatistics(wanted, n, v, device)
     log_odds = torch.empty(n, dtype=torch.float32, device=device)
     lse = torch.empty(n, dtype=torch.float32, device=device)
     u = torch.empty(n, d, dtype=dtype, device=device) if want_u else None
@@ -89,7 +108,10 @@ def forward(
     scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
     with _on(device):
-        target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+        if tokens.known is None:
+            target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+        else:
+            target, slopes, bases = _known_targets(tokens.known)
         for chunk in chunks_of(n, schedule.forward_chunk, keep):
             hidden, rows = _hidden_rows(tokens, chunk, dtype)
             y = tokens.targets[chunk]
@@ -101,20 +123,23 @@ def forward(
                 tile = scratch[: y.numel(), :v]
             slope_y, base, total = slopes[chunk], bases[chunk], torch.empty_like(log_odds[chunk])
             numbers = (base, target[:, chunk], total, log_odds[chunk], lse[chunk])
-            partial = launch.sums(hidden, rows, y, base, tile)
+            planes = statistics.planes(launch.n_v, y.numel())
+            partial = launch.sums(hidden, rows, y, base, tile, planes, statistics.mask)
             launch.finish_sums(partial, *numbers)
-            launch.slow_lane(hidden, rows, y, base, total, tile, partial)
+            launch.slow_lane(hidden, rows, y, base, total, tile, partial, planes, statistics.mask)
             launch.finish_sums(partial, *numbers, again=True)
+            statistics.add(planes, launch.n_v, chunk, target[0, chunk], total)
             if u is not None and tile is not None:
                 product = _add_product(None, tile, launch.weight, u[chunk])
                 launch.finish_u(product, y, slope_y, total, u[chunk])
                 del product
             if kept is not None and keeps and tile is not None:
                 kept.reference[chunk, 0] = base * math.log(2)
-                own = -total * (slope_y / launch.left_out)
-                tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
-            del hidden, partial  # Before the next chunk's are made.
-    return Forward(log_odds, lse, u, kept)
+                if tokens.known is None:  # else S is that of a slice, and `settle_kept` knows the whole
+                    own = -total * (slope_y / launch.left_out)
+                    tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
+            del hidden, partial, planes  # Before the next chunk's are made.
+        return Forward(log_odds, lse, u, kept, statistics.finish(log_odds))
 
 
 def weight_gradient(
@@ -127,11 +152,13 @@ def weight_gradient(
     want_weight: bool,
     want_bias: bool,
     want_adapter: bool = False,
+    entropy: EntropyGradient | None = None,
     *,
     config: TileConfig | None = None,
 ) -> HeadGradients:
     """See `interface.Backend`. A weight of another dtype than the compute dtype is cast a block at a time."""
     assert not want_adapter, "`supports` refuses a head with an adapter"
+    assert entropy is None, "`dispatch` takes a gradient of the entropy to the torch path"
     n, v = tokens.targets.numel(), head.weight.shape[0]
     device, dtype, wide = head.weight.device, head.compute_dtype, torch.float32
     d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
@@ -183,6 +210,46 @@ def weight_gradient(
             if d_bias is not None and total_bias is not None:
                 d_bias[columns] = total_bias
     return HeadGradients(d_weight, d_bias)
+
+
+def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
+    """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
+    launch = _Launcher(head, _default_config(head, "sums", tokens.targets.numel()))
+    with _on(head.weight.device):
+        (t_y, low), slopes, _ = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
+    absent = tokens.targets < 0
+    value = (t_y.double() + low.double()) * math.log(2)
+    return TargetLogits(value.masked_fill_(absent, 0.0), slopes.masked_fill(absent, 0.0))
+
+
+def _known_targets(known: TargetLogits) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_Launcher.targets` gives, from z_y itself."""
+    exact = known.value / math.log(2)
+    t_y = exact.float()
+    low = torch.where(t_y.isfinite(), exact - t_y, 0.0).float()
+    return torch.stack([t_y, low]), known.slope, torch.where(t_y == -torch.inf, 0.0, t_y)
+
+
+def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
+    """Puts the targets' entries, `-S f'_y` with S over the whole vocabulary, into what a slice has kept; in place.
+
+    S is e^(L - reference). Where that is out of range, though the slice's own sum is not, the reference is raised and
+    the row falls with it.
+    """
+    assert tokens.known is not None
+    keep, tile = len(kept.reference), kept.values[0]
+    reference, y = kept.reference[:, 0], tokens.targets[:keep, None]
+    logarithm = lse[:keep] - reference
+    over = (logarithm - _LARGEST_SUM).clamp_(min=0.0).nan_to_num_(0.0)
+    with _on(tile.device):
+        scale_kernel[(triton.cdiv(keep, 16), 64)](
+            tile, (-over).exp().float(), tile.stride(0), keep, kept.columns, BC=16, BV=256, **_OPTIONS
+        )  # fmt: skip
+    left_out = head.logit_scale if head.softcap is None else 1.0
+    own = -(logarithm - over).exp() * (tokens.known.slope[:keep] / left_out)
+    y_held = y.clamp_min(0)
+    tile.scatter_(1, y_held, torch.where(y < 0, tile.gather(1, y_held), own[:, None].to(tile.dtype)))
+    kept.reference[:, 0] = reference + over.float()
 
 
 def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: KeptLogitGrads) -> Tensor:
@@ -240,11 +307,23 @@ class _Launcher:
         )  # fmt: skip
         return numbers[:2], numbers[2], numbers[3]
 
-    def sums(self, hidden: Tensor, rows: Tensor | None, y: Tensor, base: Tensor, tile: Tensor | None) -> Tensor:
-        """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None."""
+    def sums(
+        self,
+        hidden: Tensor,
+        rows: Tensor | None,
+        y: Tensor,
+        base: Tensor,
+        tile: Tensor | None,
+        planes: Tensor | None = None,
+        wanted: int = 0,
+    ) -> Tensor:
+        """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None.
+
+        planes, wanted: where each tile's statistics go, and which (`tile_statistics`).
+        """
         partial = torch.empty(self.n_v, y.numel(), dtype=torch.float32, device=y.device)
         epilogue = SUMS if tile is None else EXPONENTIALS
-        self._tiles(epilogue, hidden, rows, y, base, None, tile, partial)
+        self._tiles(epilogue, hidden, rows, y, base, None, tile, partial, planes, wanted)
         return partial
 
     def finish_sums(
@@ -272,8 +351,10 @@ class _Launcher:
         total: Tensor,
         tile: Tensor | None,
         partial: Tensor,
+        planes: Tensor | None = None,
+        wanted: int = 0,
     ) -> None:
-        """Replaces the base [C], tile [C, V] and partial sums [n_v, C] of abnormal rows."""
+        """Replaces the base [C], tile [C, V], partial sums [n_v, C] and statistics' moments of abnormal rows."""
         c = y.numel()
         slices = min(_SLICES, self.n_v)
 
@@ -281,16 +362,16 @@ class _Launcher:
         block_c = max(self.config.block_c // 2, min(self.config.block_c, 64))
         shape = {**self.shape, "BC": block_c, "num_warps": 8}
 
-        def launch(epilogue: Any, stored: Tensor | None) -> None:
+        def launch(epilogue: Any, stored: Tensor | None, wanted: int) -> None:
             slow_kernel[(triton.cdiv(c, shape["BC"]), slices)](
-                hidden, rows, self.weight, self.bias, y, base, total, stored, partial,
+                hidden, rows, self.weight, self.bias, y, base, total, stored, partial, planes,
                 *hidden.stride(), *self.weight.stride(), 0 if stored is None else stored.stride(0),
-                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, SLICES=slices, **shape,
+                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, WANTED=wanted, SLICES=slices, **shape,
             )  # fmt: skip
 
-        launch(MAXIMA, None)
+        launch(MAXIMA, None, 0)
         maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
-        launch(EXPONENTIALS, tile)
+        launch(EXPONENTIALS, tile, wanted)
 
     def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
         """u [C, D] from the product E W [C, D] in fp32, which may be the same memory."""
@@ -322,6 +403,8 @@ class _Launcher:
         c_s: Tensor | None,
         tile: Tensor | None,
         sums: Tensor | None,
+        planes: Tensor | None = None,
+        wanted: int = 0,
     ) -> None:
         config, c = self.config, y.numel()
         tiles, programs = triton.cdiv(c, config.block_c) * self.n_v, 0
@@ -338,10 +421,10 @@ class _Launcher:
             whole = tile.as_strided((c, self.n_v * config.block_v), tile.stride())
             operands[2] = TensorDescriptor.from_tensor(whole, [config.block_c, config.block_v // 4])
         tile_kernel[(min(tiles, programs or tiles),)](
-            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums,
+            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums, planes,
             *hidden.stride(), *self.weight.stride(), 0 if tile is None else tile.stride(0),
             self.start, c, self.V, self.D, *self.transform,
-            EPILOGUE=epilogue, GROUP=config.group, PROGRAMS=programs, **self.shape,
+            EPILOGUE=epilogue, WANTED=wanted, GROUP=config.group, PROGRAMS=programs, **self.shape,
         )  # fmt: skip
 
 
@@ -416,11 +499,14 @@ def _fp32_reductions() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = before
 
 
-def _default_config(head: Head, what: str, tokens: int, bias_gradient: bool = False) -> TileConfig:
-    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any."""
+def _default_config(head: Head, what: str, tokens: int, row_or_column_sums: bool = False) -> TileConfig:
+    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any.
+
+    row_or_column_sums: the epilogue adds up more than the exponentials, for statistics or the bias's gradient.
+    """
     device, dtype, hidden_size = head.weight.device, head.compute_dtype, head.weight.shape[1]
     target = configs.target_of(device)
-    heavy = bias_gradient or head.softcap is not None
+    heavy = row_or_column_sums or head.softcap is not None
     default = configs.default(target, dtype, tokens, hidden_size, heavy)
     if target is None or device.type != "cuda":
         return default

@@ -29,7 +29,7 @@ from wrapping import (
     train,
 )
 
-from orpo_kernels.integration.lm_head import attach
+from orpo_kernels.integration.lm_head import ModelLogps, attach
 
 WORLD = 2
 
@@ -49,6 +49,9 @@ class Setup:
     same_data: bool = False
     batch: Callable[[int, int], dict[str, Tensor]] = make_batch
     rounded: bool = False
+
+    def loss_of(self, ours: ModelLogps | None, wrapped: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+        return through(ours or attach(wrapped))
 
     def optimizer(self, wrapped: nn.Module) -> Any:
         return torch.optim.SGD(wrapped.parameters(), lr=LEARNING_RATE)
@@ -72,7 +75,7 @@ class Setup:
         model = self.model()
         ours = attach(model) if self.attach_first else None
         wrapped = self.wrap(model)
-        loss_of = logits_loss if full_logits else through(ours or attach(wrapped))
+        loss_of = logits_loss if full_logits else self.loss_of(ours, wrapped)
         optimizer = self.optimizer(wrapped)
         before = self.parameters(wrapped)
         losses, gradients = [], {}

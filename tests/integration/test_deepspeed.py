@@ -14,10 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Setup, bare_name, check_setup, results_of, work_through
+from processes import WORLD, Setup, bare_name, check_setup, results_of, work_through
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from wrapping import LEARNING_RATE, checkpointed, scaled, tiny_llama, with_a_frozen
+from wrapping import (
+    LEARNING_RATE,
+    checkpointed,
+    inputs_of,
+    logps_of_logits,
+    scaled,
+    tiny_llama,
+    train,
+    with_a_frozen,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: run `make test-deepspeed`"
@@ -91,6 +100,47 @@ class BornSharded(Zero):
         return Setup(self.wrap).expected()
 
 
+def dpo(logps: Tensor) -> Tensor:
+    """Of [2B, T]; the reference is a pass without gradients of the same model, as with an adapter switched off."""
+    chosen, rejected = (logps - 0.9 * logps.detach()).sum(-1).chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+@dataclass(frozen=True)
+class TrlDpo(Zero):
+    """DPO on what TRL's `fused_lm_head=True` gives with our head."""
+
+    def loss_of(self, ours: Any, wrapped: Any) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            inputs = inputs_of(batch) | {"shift_labels": batch["targets"], "fused_lm_head": True}
+            with torch.no_grad():
+                reference = model(**inputs).log_probs
+            logps = model(**inputs).log_probs
+            torch.testing.assert_close(reference, logps.detach())
+            return dpo(logps)
+
+        return loss
+
+    def expected(self) -> Any:
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return dpo(logps_of_logits(model(**inputs_of(batch)).logits, batch["targets"]))
+
+        return train(self.model(), loss, ranks=WORLD)
+
+
+def with_trls_door(stage: int) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        from trl.trainer import utils
+
+        from orpo_kernels.integration.trl import use
+
+        with use():
+            utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits"))
+        return zero(stage)(model)
+
+    return wrap
+
+
 SETUPS: dict[str, Setup] = {
     "ZeRO-1": Zero(zero(1)),
     "ZeRO-2": Zero(zero(2)),
@@ -105,6 +155,7 @@ SETUPS: dict[str, Setup] = {
     "ZeRO-3, scaled logits": Zero(zero(3), model=scaled),
     "ZeRO-3, checkpoints": Zero(zero(3), model=checkpointed(reentrant=False)),
     "ZeRO-3, reentrant checkpoints": Zero(zero(3), model=checkpointed(reentrant=True)),
+    "ZeRO-3, DPO of TRL": TrlDpo(with_trls_door(3)),
     "ZeRO-3 bf16": Zero(zero(3, bf16={"enabled": True}), rounded=True),
 }
 

@@ -261,7 +261,7 @@ def test_rows_without_padding(name, build, options, admitted, share_prefix, tmp_
         runs.append((trainer, steps(trainer), first.grads))
     (trainer, found, grads), (_, expected, expected_grads) = runs
     wanted = "packed" if share_prefix is False else "shared"
-    assert trainer._gate.name == {True: wanted, False: "padded", None: None}[admitted]
+    assert trainer.layout_gate.name == {True: wanted, False: "padded", None: None}[admitted]
     assert sum("batches are padded" in record.message for record in caplog.records) == (admitted is False)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other, () if not admitted else ("logits/chosen", "logits/rejected"))
@@ -278,7 +278,7 @@ def test_mean_logits_without_padding(name, share_prefix, tmp_path):
     trainer = make(getattr(ours, name), llama().double(), tmp_path, **options)
     rows = list(trainer.train_dataset)[:3]
     _, metrics = trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator(rows))
-    assert trainer._gate.name == ("shared" if share_prefix else "packed")
+    assert trainer.layout_gate.name == ("shared" if share_prefix else "packed")
     reference = llama().double()
     for side in ("chosen", "rejected"):
         with torch.no_grad():
@@ -321,7 +321,9 @@ def test_bad_layouts(name, options, message, tmp_path):
 
 def test_a_pair_that_is_longer_than_a_row(tmp_path):
     trainer = make(ours.ORPOTrainer, llama(), tmp_path, packing=True, packing_length=8)
-    with pytest.raises(ValueError, match=r"the pair \d has \d+ tokens and row_length=8: raise .* packing_length"):
+    with pytest.raises(
+        ValueError, match=r"the group of sequences \d, \d has \d+ tokens and row_length=8: raise .* packing_length"
+    ):
         trainer.train()
 
 
@@ -761,7 +763,7 @@ def missing(name: str) -> str:
     ("version", "hidden", "found"),
     [
         (lambda name: "1.17.0", False, "found trl 1.17.0"),
-        (lambda name: "0.24.0", True, r"found trl 0.24.0 \(.*trl.experimental"),
+        (lambda name: "0.24.0", True, r"found trl 0.24.0 \(.*trl.trainer"),
         (missing, True, r"found trl none \("),
     ],
     ids=["newer", "older", "missing"],
@@ -770,8 +772,7 @@ def test_versions(version: Callable[[str], str], hidden: bool, found: str, monke
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.delitem(sys.modules, ours.__name__)
     if hidden:
-        monkeypatch.setitem(sys.modules, "trl.experimental.orpo", None)
-        monkeypatch.setitem(sys.modules, "trl.experimental.cpo", None)
+        monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
     with pytest.raises(ImportError, match=rf"needs trl>=1.16,<1.17 .*{found}.*pip install 'trl>=1.16,<1.17'"):
         importlib.import_module(ours.__name__)
 

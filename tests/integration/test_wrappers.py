@@ -158,6 +158,7 @@ SETUPS: dict[str, Setup] = {
     "FSDP2 bf16, head in a group of its own": Setup(fsdp2("own", param_dtype=BF16), rounded=True),
     "FSDP2, nothing to score on one rank": Setup(fsdp2("own"), batch=second_rank_scores_nothing),
     "DTensor head, gathered logits": Setup(sharded_head(ColwiseParallel(output_layouts=Replicate())), same_data=True),
+    "DTensor head, local logits": Setup(sharded_head(ColwiseParallel()), same_data=True),
     "DTensor head, sharded logits": Setup(sharded_head(ColwiseParallel(use_local_output=False)), same_data=True),
     "DTensor head, sharded along D": Setup(sharded_head(RowwiseParallel(input_layouts=Replicate())), same_data=True),
     "DTensor head within FSDP2": Setup(

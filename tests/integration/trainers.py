@@ -43,6 +43,8 @@ def make(kind: str, folder: Path, rows: Any, model: Any = None, **options: Any) 
     defaults = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True}
     defaults |= {"bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1}
     arguments: Any = {"train_dataset": rows, "processing_class": tokenizer()}
+    if "data_collator" in options:
+        arguments["data_collator"] = options.pop("data_collator")
     if kind == OWN:
         return ORPOTrainer(model or llama(), ORPOConfig(str(folder), **defaults | options), **arguments)
     name = "CPO" if kind == "cpo" else "ORPO"

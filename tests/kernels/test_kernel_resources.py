@@ -18,6 +18,7 @@ TARGETS = [configs.cuda_target(c) for c in (80, 86, 89, 90, 100, 120)] + [config
 KERNELS = {
     *("target", "sum", "maximum", "u"),
     *("tile sums", "tile exponentials", "tile gradient", "slow maxima", "slow sums", "slow exponentials"),
+    *("tile exponentials, stats", "slow exponentials, stats"),
 }
 
 
@@ -33,6 +34,8 @@ def assert_every_kernel_is_sound(result: subprocess.CompletedProcess[str]) -> No
     # Triton 3.6 keeps some 50 registers of one kernel of 10.0 in memory; later ones keep none.
     old = version("triton").startswith("3.6.")
     known = re.findall(r"^ *100 .* tile sums .*  spills\n", table, re.MULTILINE) if old else []
+    # A tile that is stored and leaves statistics as well: 10.0 and 12.0 keep some of it in memory.
+    known += re.findall(r"^ *1[02]0 .* tile exponentials, stats .*  spills\n", table, re.MULTILINE)
     assert result.returncode == bool(known), table + result.stderr
     assert re.search(rf"^\d+ kernels, {len(known)} with faults", table, re.MULTILINE), table
     for target in ("80", "90", "100", "120", "gfx942"):

@@ -10,6 +10,7 @@ from test_memory import Allocations
 
 from orpo_kernels import Plan, Schedule
 from orpo_kernels.kernels.interface import Head, Tokens
+from orpo_kernels.kernels.statistics import Statistics
 from orpo_kernels.plan import MIB
 
 triton_path = pytest.importorskip("orpo_kernels.kernels.triton_path", reason="Triton is not installed")
@@ -57,6 +58,23 @@ def test_forward_stays_within_the_budget(
         out = triton_path.forward(Tokens(hidden, rows, targets), head, schedule, True)
     assert watched.scratch() <= schedule.scratch_bytes <= Plan(scratch).budget("meta")
     assert out.u is not None
+
+
+@pytest.mark.parametrize("want_u", [False, True])
+def test_statistics_stay_within_the_budget(want_u: bool, no_card: None) -> None:
+    tokens, d, v = SMALL_D
+    wanted = Statistics(True, True, True, True)
+    schedule = plan(*SMALL_D, scratch=24 * MIB, train_hidden=want_u, statistics=wanted)
+    hidden, weight = (torch.zeros(n, d, dtype=torch.bfloat16, device="meta") for n in (tokens, v))
+    targets = torch.zeros(tokens, dtype=torch.int64, device="meta")
+    with Allocations(hidden, weight, targets) as watched:
+        out = triton_path.forward(
+            Tokens(hidden, None, targets), Head(weight, None, 1.0, None, torch.bfloat16), schedule, want_u, wanted
+        )
+    assert watched.scratch() <= schedule.scratch_bytes
+    without = plan(*SMALL_D, scratch=24 * MIB, train_hidden=want_u)
+    assert schedule.forward_chunk < without.forward_chunk or schedule.scratch_bytes > without.scratch_bytes
+    assert out.statistics.is_top1 is not None
 
 
 @pytest.mark.parametrize("keep", [False, True])

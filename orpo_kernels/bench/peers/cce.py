@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from orpo_kernels.bench.peers.interface import Loss, Peer, Unavailable, objective
+from orpo_kernels.bench.peers.interface import Found, Loss, Peer, Unavailable, objective
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
 
 
@@ -19,7 +19,7 @@ def _build(problem: Problem, **options: Any) -> Loss:
     if options["impl"] == "cce" and problem.device == "cpu":
         raise Unavailable("its kernels are Triton's and need a GPU")
 
-    def loss(inputs: Inputs) -> Any:
+    def loss(inputs: Inputs) -> Found:
         # It leaves ignored targets out itself.
         logps = -linear_cross_entropy(
             inputs.hidden,
@@ -30,7 +30,7 @@ def _build(problem: Problem, **options: Any) -> Loss:
             reduction="none",
             **options,
         ).float()
-        return objective(inputs, logps), logps
+        return Found(objective(inputs, logps), logps)
 
     return loss
 

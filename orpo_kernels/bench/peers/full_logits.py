@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.bench.peers.interface import Loss, Peer, Unavailable
+from orpo_kernels.bench.peers.interface import Found, Loss, Peer, Unavailable
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
-from orpo_kernels.kernels.naive import naive_logps
+from orpo_kernels.kernels.naive import logps_of_logits, naive_logits
 
 
 def full_logits(
@@ -26,10 +26,21 @@ def full_logits(
     union: Tensor,
     softcap: float | None,
     beta: float,
-) -> tuple[Tensor, Tensor]:
-    """(loss [], log-probabilities [2B, T])."""
-    logps = naive_logps(hidden, weight, union, softcap=softcap)
-    return trl_objective(logps, targets, nll_targets, beta), logps
+    statistics: bool = False,
+) -> Found:
+    logits = naive_logits(hidden, weight, softcap=softcap)
+    logps = logps_of_logits(logits, union)
+    found = _statistics(logits.detach(), union) if statistics else None
+    return Found(trl_objective(logps, targets, nll_targets, beta), logps, found)
+
+
+def _statistics(logits: Tensor, union: Tensor) -> list[Tensor]:
+    """As one writes them, on the scored positions."""
+    scored = union != IGNORED
+    z = logits[scored]
+    logp = z.log_softmax(-1)
+    every = (-(logp.exp() * logp).sum(-1), (2 * logp).logsumexp(-1), z.mean(-1), z.argmax(-1) == union[scored])
+    return [torch.zeros(union.shape, device=z.device).masked_scatter(scored, x.float()) for x in every]
 
 
 def trl_objective(logps: Tensor, targets: Tensor, nll_targets: Tensor, beta: float) -> Tensor:
@@ -42,12 +53,12 @@ def trl_objective(logps: Tensor, targets: Tensor, nll_targets: Tensor, beta: flo
     return nll - beta * F.logsigmoid(log_odds).mean()
 
 
-def _of(function: Callable[..., tuple[Tensor, Tensor]], x: Inputs) -> tuple[Tensor, Tensor]:
+def _of(function: Callable[..., Found], x: Inputs) -> Found:
     return function(x.hidden, x.weight, x.targets, x.nll_targets, x.scored_targets, x.softcap, x.beta)
 
 
 def _build(problem: Problem) -> Loss:
-    return partial(_of, full_logits)
+    return partial(_of, partial(full_logits, statistics=problem.statistics))
 
 
 def _build_compiled(problem: Problem) -> Loss:
@@ -63,6 +74,6 @@ def _build_compiled(problem: Problem) -> Loss:
 
 
 PEERS = (
-    Peer("full", "full logits", "all", _build),
+    Peer("full", "full logits", "all", _build, statistics=True),
     Peer("full-compiled", "full logits, torch.compile", "all", _build_compiled, compiles=True),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,22 @@ from torch import Tensor
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
 from orpo_kernels.loss import orpo_from_logps
 
-# Loss [], and log-probabilities [2B, T] of the scored targets, or None where the peer does not give them.
-Loss = Callable[[Inputs], tuple[Tensor, Tensor | None]]
+# In the order in which `Found.statistics` has them.
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class Found(NamedTuple):
+    """loss: []. logps: [2B, T] of the scored targets, or None where the peer does not give them.
+
+    statistics: four of [2B, T], where the problem asks for them.
+    """
+
+    loss: Tensor
+    logps: Tensor | None
+    statistics: Sequence[Tensor] | None = None
+
+
+Loss = Callable[[Inputs], Found]
 
 
 class Unavailable(Exception):
@@ -23,6 +37,7 @@ class Peer(NamedTuple):
     """A way to compute the loss.
 
     logits: how many it holds at once, in words: "all", "a pair's", "a chunk", "none".
+    statistics: whether it gives those of a problem that asks for them.
     build: makes the loss function for a problem. Imports what it needs; raises ImportError or Unavailable.
     compiles: its first call on new shapes costs more than the others.
     """
@@ -32,6 +47,7 @@ class Peer(NamedTuple):
     logits: str
     build: Callable[[Problem], Loss]
     compiles: bool = False
+    statistics: bool = False
 
 
 def refuse_softcap(problem: Problem, name: str) -> None:
@@ -39,16 +55,23 @@ def refuse_softcap(problem: Problem, name: str) -> None:
         raise Unavailable(f"{name} has no soft-cap")
 
 
-def from_token_logps(logps_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """Our objective on `logps_of(hidden [N, D], weight [V, D], targets [N]) -> [N]`, given the scored rows only."""
+def from_token_logps(logps_of: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]) -> Loss:
+    """Our objective on `logps_of(hidden [N, D], weight [V, D], targets [N])`, given the scored rows only.
 
-    def loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    It gives log-probabilities [N], and behind them the statistics, if any.
+    """
+
+    def loss(inputs: Inputs) -> Found:
         union = inputs.scored_targets
         places = (union.flatten() != IGNORED).nonzero().squeeze(1)
         hidden = inputs.hidden.reshape(-1, inputs.hidden.shape[-1]).index_select(0, places)
-        found = logps_of(hidden, inputs.weight, union.flatten()[places]).float()
-        logps = torch.zeros(union.numel(), device=found.device).index_copy(0, places, found).view(union.shape)
-        return objective(inputs, logps), logps
+        found, *statistics = logps_of(hidden, inputs.weight, union.flatten()[places])
+
+        def placed(x: Tensor) -> Tensor:
+            return torch.zeros(union.numel(), device=x.device).index_copy(0, places, x.float()).view(union.shape)
+
+        logps = placed(found)
+        return Found(objective(inputs, logps), logps, [placed(x) for x in statistics] or None)
 
     return loss
 

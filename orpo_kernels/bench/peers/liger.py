@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from orpo_kernels.bench.peers.interface import Loss, Peer, refuse_softcap
+from orpo_kernels.bench.peers.interface import Found, Loss, Peer, refuse_softcap
 from orpo_kernels.bench.problem import IGNORED, Inputs, Problem
 
 
@@ -20,9 +20,9 @@ def _build(problem: Problem, compiled: bool) -> Loss:
 
     orpo = LigerFusedLinearORPOLoss(ignore_index=IGNORED, beta=problem.beta, compiled=compiled)
 
-    def loss(inputs: Inputs) -> tuple[torch.Tensor, None]:
+    def loss(inputs: Inputs) -> Found:
         both = torch.cat([inputs.nll_targets, torch.full_like(inputs.nll_targets, IGNORED)])
-        return orpo(inputs.weight, inputs.hidden, inputs.targets, nll_target=both)[0], None
+        return Found(orpo(inputs.weight, inputs.hidden, inputs.targets, nll_target=both)[0], None)
 
     return loss
 

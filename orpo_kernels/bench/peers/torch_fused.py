@@ -18,7 +18,7 @@ def _build(problem: Problem, chunked: bool) -> Loss:
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return from_token_logps(
         lambda hidden, weight, targets: (
-            -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+            -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options),
         )
     )
 

@@ -201,7 +201,6 @@ def test_advice_is_printed(folder: Path, quick: None, capsys: pytest.CaptureFixt
         (["--tp", "3"], "tp=3 does not divide num_attention_heads=4"),
         (["--fsdp", "0"], "shards=0"),
         (["--plot", "fit.txt"], "--plot fit.txt"),
-        (["--device", "h100"], "--head-only"),
         (["--scratch-mib", "0.001"], "cannot hold one tile"),
     ],
 )

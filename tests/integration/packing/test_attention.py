@@ -286,9 +286,9 @@ def by_hand(
     group = heads // key.shape[1]
     found = torch.zeros(rows, length, heads, value.shape[-1], dtype=query.dtype)
     for row, in_row in enumerate(segments.by_row):
-        before: Segment | None = None
+        leader: Segment | None = None
         for segment in in_row:
-            prefix = list(range(before.start, before.start + segment.prefix)) if segment.prefix and before else []
+            prefix = list(range(leader.start, leader.start + segment.prefix)) if segment.prefix and leader else []
             for at in range(segment.start, segment.start + segment.length):
                 seen = (prefix + list(range(segment.start, at + 1)))[-(window or length) :]
                 for head in range(heads):
@@ -298,14 +298,18 @@ def by_hand(
                     weights = scores.exp()
                     total = weights.sum() + (0 if sinks is None else sinks[head].exp())
                     found[row, at, head] = weights / total @ value[row, head // group, seen]
-            before = segment
+            leader = leader if segment.prefix else segment
     return found
 
 
 TWO_ROWS = Segments.of(
     2,
     12,
-    [Segment(0, 0, 5), Segment(0, 5, 3, prefix=2), Segment(0, 8, 4), Segment(1, 0, 4), Segment(1, 4, 1, prefix=4)],
+    [
+        *(Segment(0, 0, 5), Segment(0, 5, 3, prefix=2), Segment(0, 8, 4)),
+        # A group of three, behind one of one.
+        *(Segment(1, 0, 1), Segment(1, 1, 4), Segment(1, 5, 1, prefix=4), Segment(1, 6, 4, prefix=3)),
+    ],
 )
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -1,9 +1,9 @@
 """TRL's ORPOTrainer and CPOTrainer without the logits.
 
-Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`. Arguments, collator,
-optimiser, checkpoints, generation, metric names and, on the same batch, losses are TRL's; the model is asked
-for the log-probabilities of the scored tokens (`lm_head`) where TRL takes its logits. What differs, because
-TRL 1.16 is wrong or stops there:
+Subclasses of `trl.experimental.orpo.ORPOTrainer` and `trl.experimental.cpo.CPOTrainer`, which take whole logits and
+not the head that `use` exchanges. Arguments, collator, optimiser, checkpoints, generation, metric names and, on the
+same batch, losses are TRL's; the model is asked for the log-probabilities of the scored tokens (`lm_head`) where TRL
+takes its logits. What differs, because TRL 1.16 is wrong or stops there:
 
 - Length. TRL cuts completions only: a prompt of `max_length` tokens leaves them empty. Rows that are too long
   are cut by the rule of `data.truncate_pair`, which always leaves a completion. Rows that fit become TRL's
@@ -30,30 +30,22 @@ TRL 1.16 is wrong or stops there:
 
 `data_summary` (`data.DataSummary`) says what became of the training rows; rows with nothing to score are
 dropped. The columns it counts stay in the data set, `length` among them for length-grouped batches.
-
-Raises ImportError at import where TRL is missing or of another version.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
+import datasets
 import torch
 from torch import Tensor, nn
-
-try:
-    import datasets
-    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
-    from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
-    from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
-
-    _cause = None
-except ImportError as error:
-    _cause = error
+from trl.data_utils import maybe_extract_prompt
+from trl.experimental.cpo import CPOTrainer as _TrlCPOTrainer
+from trl.experimental.orpo import ORPOTrainer as _TrlORPOTrainer
 
 from orpo_kernels.linear_logps import shift_labels
 from orpo_kernels.loss import merge_targets, orpo_from_logps
@@ -61,35 +53,28 @@ from orpo_kernels.pair_sums import PairSums
 from orpo_kernels.plan import Plan
 from orpo_kernels.presets import get_preset
 
-from .batches import TokenizedRow
-from .data.chat import plain_turn, template_options, without_nulls
-from .data.dataset import (
+from ..data.dataset import (
     TOKENIZED_COLUMNS,
     DataSummary,
     announce,
-    check_rows,
     refuse_splits,
     tokenize_pair,
     truncate_pair,
 )
-from .data.formats import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
-from .data.limits import Limits
-from .data.streams import rows_of_stream
-from .metrics import for_metrics, pair_metrics, pair_rows
-from .packing.gate import model_inputs, moved
-from .packing.layout import Name, asked_for, pack_pairs, sequence_places
-from .training.arguments import refuse_label_smoothing
-from .training.dropout import disable_dropout
-from .training.evaluation_rows import EvaluationRows
-from .training.head_access import HeadAccess, read_streams_everywhere
-from .training.memory_told import MemoryTold
-from .training.row_order import RowOrder
-from .training.running import RunningMean, whole_batches
-from .versions import require
+from ..data.limits import Limits
+from ..metrics import for_metrics, pair_metrics, pair_rows
+from ..packing.batch_layout import BatchLayout
+from ..packing.layout import asked_for
+from ..training.arguments import refuse_label_smoothing
+from ..training.dropout import disable_dropout
+from ..training.evaluation_rows import EvaluationRows
+from ..training.head_access import HeadAccess, read_streams_everywhere
+from ..training.memory_told import MemoryTold
+from ..training.row_order import RowOrder
+from ..training.running import RunningMean, whole_batches
+from .rows import Sets, Stream, check_row, has_scored_token, mappable
 
 __all__ = ["CPOTrainer", "ORPOTrainer"]
-
-require(__name__, {"trl": ">=1.16,<1.17"}, cause=_cause, also=" with datasets and accelerate")
 
 _SIDES = ("chosen", "rejected")
 _PRESET = get_preset("trl")
@@ -132,8 +117,8 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
             model,
             args,
             data_collator,
-            _mappable("train_dataset", train_dataset, tokenizer),
-            _mappable("eval_dataset", eval_dataset, tokenizer),
+            mappable("train_dataset", train_dataset, tokenizer),
+            mappable("eval_dataset", eval_dataset, tokenizer),
             *more,
             **options,
         )
@@ -151,26 +136,26 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
             batch_size = self.args.per_device_train_batch_size
             self.data_summary = DataSummary.from_rows(rows, self.max_length, batch_size)
             if self.data_summary.dropped:
-                self.train_dataset = self.train_dataset.filter(_has_scored_token)
+                self.train_dataset = self.train_dataset.filter(has_scored_token)
             announce(f"training data: {self.data_summary}", self.args)
 
     def _prepared(self, name: str, rows: Any, batch_size: int) -> Any:
         if isinstance(rows, Mapping):
-            return _Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
+            return Sets({key: self._prepared(f"{name}[{key!r}]", part, batch_size) for key, part in rows.items()})
         if "chosen_input_ids" in (getattr(rows, "column_names", None) or ()):
             return rows
-        mappable = _mappable(name, rows, self.processing_class)
-        return self._checked(name, mappable.map(maybe_extract_prompt).map(self.tokenize_row))
+        rows = mappable(name, rows, self.processing_class)
+        return self._checked(name, rows.map(maybe_extract_prompt).map(self.tokenize_row))
 
     def _checked(self, name: str, rows: Any) -> Any:
         """The tokenised rows; ValueError that names one which the model cannot take, of a stream when it is read."""
         if rows is None or self.is_encoder_decoder:
             return rows
         if isinstance(rows, Mapping):
-            return _Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
+            return Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
         limits = Limits.of(self.model)
-        if isinstance(rows, _Stream):
-            return rows.map(_check, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
+        if isinstance(rows, Stream):
+            return rows.map(check_row, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
         for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
             limits.check(row, f"{name}, row {index}")
         return rows
@@ -222,7 +207,7 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
         targets, nll_targets = labels, None
-        mean_logits_over = torch.ones_like(labels, dtype=torch.bool)
+        mean_logits_over: Any = torch.ones_like(labels, dtype=torch.bool)
         if self.is_encoder_decoder:
             arguments["decoder_input_ids"] = self._shift_right(labels)
         else:
@@ -230,39 +215,19 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
             if prompt_nll:
                 nll_targets = shift_labels(ids.masked_fill(mask != 1, -100)[: len(ids) // 2])
                 mean_logits_over[:, -1] = False
-        layout = self.layout_gate.name or self.layout  # what was refused is not laid out again
-        if layout != "padded" and not self.is_encoder_decoder:
-            arguments |= self._laid_out(model, ids, mask, padding_value, layout)
-        arguments.setdefault("mean_logits_over", mean_logits_over)
-        logps, outputs = self.head_logps.logps(merge_targets(targets, nll_targets), model=model, **arguments)
+        merged = merge_targets(targets, nll_targets)
+        if not self.is_encoder_decoder:
+            half = len(ids) // 2
+            pairs = [(index, half + index) for index in range(half)]
+            batches = BatchLayout(self.layout_gate, self.layout, self.packing_length, padding_value or 0)
+            laid = batches.lay_out(arguments, merged, lambda _: pairs, model)
+            if laid is not None:
+                arguments, mean_logits_over = laid
+        arguments["mean_logits_over"] = mean_logits_over
+        logps, outputs = self.head_logps.logps(merged, model=model, **arguments)
         if nll_targets is not None:
             nll_targets = nll_targets.to(logps.device)
         return logps, targets.to(logps.device), nll_targets, outputs
-
-    def _laid_out(
-        self, model: nn.Module, ids: Tensor, mask: Tensor, padding_value: Any, layout: Name
-    ) -> dict[str, Any]:
-        """What to pass to `ModelLogps.logps` instead of the padded `ids` [2B, T]; {} if the model cannot have that."""
-        sequences = [row[kept == 1].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
-        half = len(sequences) // 2
-        # Without prompts, every token but a sequence's first is one to predict.
-        pairs: list[TokenizedRow] = [
-            {
-                "chosen_input_ids": chosen,
-                "chosen_prompt_length": 0,
-                "rejected_input_ids": rejected,
-                "rejected_prompt_length": 0,
-            }
-            for chosen, rejected in zip(sequences[:half], sequences[half:], strict=True)
-        ]
-        batch = pack_pairs(pairs, layout == "shared", row_length=self.packing_length, padding_value=padding_value or 0)
-        batch = self.layout_gate.admit(moved(batch, ids.device), model)
-        if batch["layout"].name == "padded":
-            return {}
-        follows = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
-        predicts = torch.cat([follows, torch.zeros_like(follows[:, :1])], 1)
-        rows = torch.zeros_like(ids).masked_scatter(predicts, batch["rows"])
-        return model_inputs(batch) | {"rows": rows, "mean_logits_over": sequence_places(batch)}
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
@@ -356,100 +321,3 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
             return parts
         aux_loss = getattr(outputs, "aux_loss", None)
         return (*parts, sums.new_zeros(()) if aux_loss is None else aux_loss.to(sums.device))
-
-
-def _check(row: Mapping[str, Any], limits: Limits, where: str) -> dict[str, Any]:
-    limits.check(row, where)
-    return {}
-
-
-def _has_scored_token(row: Mapping[str, Any]) -> bool:
-    return any(label != -100 for side in _SIDES for label in row[f"{side}_labels"][1:])
-
-
-class _Sets(dict[str, Any]):
-    """A dict of evaluation sets that are mapped together."""
-
-    def map(self, *args: Any, **options: Any) -> _Sets:
-        return _Sets({name: part.map(*args, **options) for name, part in self.items()})
-
-
-class _Stream(torch.utils.data.IterableDataset):
-    """A stream whose rows go through TRL's `map` calls as they are read."""
-
-    def __init__(self, dataset: Iterable[Any], steps: tuple[Callable[[Any], Any], ...] = ()) -> None:
-        self.dataset = dataset
-        self.steps = steps
-
-    def map(
-        self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None
-    ) -> _Stream:
-        return _Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in rows_of_stream(self.dataset):
-            for step in self.steps:
-                row = {**row, **step(row)}
-            yield row
-
-    def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to a data set that reshuffles by it."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-
-def _as_text(row: Mapping[str, Any], index: int | None, name: str, tokenizer: Any) -> dict[str, Any]:
-    """TRL's own rendering of a row of messages, of what these are without nulls (`chat`); text stays as it is."""
-    where = name if index is None else f"{name}, row {index}"
-    # A template raises errors of any type, jinja2's and its own.
-    try:
-        refuse_images(row)
-        plain: dict[str, Any] = without_nulls(row)
-        for column in MESSAGE_COLUMNS:
-            if isinstance(plain.get(column), list):
-                plain[column] = [plain_turn(turn) for turn in plain[column]]
-        plain["chat_template_kwargs"] = template_options(plain)[1]
-        text = maybe_apply_chat_template(maybe_extract_prompt(plain), tokenizer)  # which passes no tools on
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: {kind}{error}") from error
-    return {column: text[column] for column in ("prompt", *_SIDES) if column in text}
-
-
-def _has_messages(dataset: Any) -> bool:
-    columns = (column for column in MESSAGE_COLUMNS if column in dataset.column_names)
-    return any(not isinstance(dataset.features[column], datasets.Value) for column in columns)
-
-
-def _mappable(name: str, dataset: Any, tokenizer: Any) -> Any:
-    """The data set, messages rendered, or what can be mapped in its place; ValueError if it holds images or no rows.
-
-    tokenizer: whose chat template renders; None leaves it to TRL to say that it is missing.
-    """
-    if dataset is None:
-        return dataset
-    if isinstance(dataset, Mapping):
-        return _Sets({key: _mappable(f"{name}[{key!r}]", part, tokenizer) for key, part in dataset.items()})
-    check_rows(dataset, name)
-    if isinstance(dataset, datasets.Dataset):
-        images = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
-        for index, row in enumerate(dataset.select_columns(images) if images else ()):
-            _located(refuse_images, row, f"{name}, row {index}")
-        if tokenizer is None or not _has_messages(dataset):
-            return dataset
-        return dataset.map(
-            _as_text, with_indices=True, fn_kwargs={"name": name, "tokenizer": tokenizer}, desc="Rendering messages"
-        )
-    if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return _Stream(dataset, (partial(_as_text, index=None, name=f"a row of {name}", tokenizer=tokenizer),))
-    raise TypeError(
-        f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
-        "list), a datasets.IterableDataset or, for evaluation, a dict of them"
-    )
-
-
-def _located(check: Callable[[Any], None], row: Any, where: str) -> None:
-    try:
-        check(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
