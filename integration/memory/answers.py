@@ -48,7 +48,7 @@ def most(bytes_of: Callable[[int], int], budget: int, limit: int) -> int:
 
 def _crossing(known: dict[int, int], budget: int) -> int:
     """Where the parabola through the three points nearest to the budget reaches it, rounded down."""
-    near = sorted(sorted(known, key=lambda n: abs(known[n] - budget))[:3])
+    near = sorted(sorted(known, key=lambda n: (abs(known[n] - budget), -n))[:3])
     if len(near) < 2:
         return near[0] + 1
     (a, b), last = near[:2], near[-1]

@@ -31,7 +31,7 @@ from .footprint import Footprint, footprint
 from .run import Run
 
 # glibc keeps what was freed in small blocks, and raises the bar between small and large ones as it goes.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8192", "MALLOC_TRIM_THRESHOLD_": "8192", "MALLOC_ARENA_MAX": "1"}
 _FEW = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -44,9 +44,8 @@ def write(path: Path, advisor: Advisor, answers: Answers | None, gpu: int | None
     if gpu is not None and answers is not None:
         axes.axhline(answers.budget / GIB, color=_CARD, linestyle="--", linewidth=1.2)
         free = (gpu - answers.budget) / GIB
-        axes.text(
-            lengths[0], answers.budget / GIB, f"{gpu / GIB:g} GiB card, {free:g} kept free", va="bottom", fontsize=9
-        )
+        said = f" {gpu / GIB:g} GiB card, {free:g} kept free"
+        axes.text(0, answers.budget / GIB, said, va="bottom", fontsize=8)
         top = max(top, gpu / GIB)
     axes.set_ylim(0, 1.6 * top)
     axes.set_xlim(0, 1.02 * lengths[-1])
