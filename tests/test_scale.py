@@ -128,5 +128,5 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     [(["--tp", "3"], "tp=3: on 8 cards"), (["--tp", "2", "--dtype", "float32"], "--dtype bfloat16")],
 )
 def test_the_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["estimate", "--model", "llama-3-8b", *arguments]) == 2
+    assert main(["estimate", "--head-only", "--model", "llama-3-8b", *arguments]) == 2
     assert message in capsys.readouterr().err
