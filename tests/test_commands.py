@@ -69,8 +69,8 @@ def test_check_notices_what_is_wrong(
 def test_check_notices_an_old_package(
     found: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    version = check._version
-    monkeypatch.setattr(check, "_version", lambda name: found if name == "transformers" else version(name))
+    version = check.installed_version
+    monkeypatch.setattr(check, "installed_version", lambda name: found if name == "transformers" else version(name))
     monkeypatch.setattr(check, "_devices", lambda: [])
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()

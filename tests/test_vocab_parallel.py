@@ -265,7 +265,7 @@ def results(request: pytest.FixtureRequest) -> Callable[[str, int], list[Found]]
     asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
 
     def of(name: str, ranks: int) -> list[Found]:
-        names = tuple(p["name"] for p in asked if p.get("name") in SETUPS and p["ranks"] == ranks)
+        names = tuple(p["name"] for p in asked if p.get("name") in SETUPS and p.get("ranks") == ranks)
         found = once_on_ranks(work, ranks, names)
         assert not isinstance(found, str), found
         return [rank[name] for rank in found]
