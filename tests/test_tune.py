@@ -133,7 +133,7 @@ def test_the_launcher_takes_what_was_tuned_for_the_pass(monkeypatch: pytest.Monk
     assert triton_path._default_config(head, "gradient", 1500) == OTHER
     assert triton_path._default_config(head, "exponentials", 1500) == DEFAULT
     assert triton_path._default_config(head, "gradient", 300) == DEFAULT
-    assert triton_path._default_config(head, "gradient", 1500, bias_gradient=True) == DEFAULT
+    assert triton_path._default_config(head, "gradient", 1500, row_or_column_sums=True) == DEFAULT
 
 
 # ---- the command ----

@@ -27,7 +27,7 @@ report_to: none
 def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(YAML.format(folder=tmp_path))
-    _, data, lora, config = parse([str(file)])
+    _, data, lora, config, _ = parse([str(file)])
     assert (config.learning_rate, config.beta, config.weight_decay, config.max_length) == (5e-6, 0.1, 0.01, 512)
     assert (data.eval_fraction, lora.lora_dropout) == (0.1, 0.05)
 
@@ -36,7 +36,7 @@ def test_numbers_inside_a_dict_of_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     more = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7, num_cycles: 0.5, name: e5}\n"
     file.write_text(YAML.format(folder=tmp_path) + more)
-    *_, config = parse([str(file)])
+    config = parse([str(file)]).config
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-7, "num_cycles": 0.5, "name": "e5"}
 
 
