@@ -209,7 +209,13 @@ def test_every_row_of_a_stream_once(kind: str, stream: type, workers: int, tmp_p
     assert seen == list(range(12))
 
 
-@pytest.mark.parametrize("options", [{"logging_strategy": "no"}, {"logging_steps": 1000}], ids=["no", "1000"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"logging_strategy": "no"}, id="no"),
+        pytest.param({"logging_steps": 1000}, id="1000", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("kind", [OWN, "trl"])
 def test_nothing_is_held_until_something_is_logged(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     counts: list[int] = []
