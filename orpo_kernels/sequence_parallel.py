@@ -21,7 +21,7 @@ one. But a position's target lies at the next one, perhaps on another rank: shif
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from orpo_kernels.linear_logps import shift_labels
 
-# In quotes: a torch that is built without torch.distributed has no ProcessGroup.
-Group: TypeAlias = "dist.ProcessGroup | DeviceMesh"
+if TYPE_CHECKING:
+    Group: TypeAlias = dist.ProcessGroup | DeviceMesh
+else:
+    Group = Any  # a torch that is built without torch.distributed has no ProcessGroup
 
 
 def sum_over_ranks(group: Group, *tensors: Tensor) -> list[Tensor]:
