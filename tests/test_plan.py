@@ -168,6 +168,7 @@ def test_a_plan_is_a_value() -> None:
             ValueError,
             r"Plan\.keep_logit_grads=-1 must be True, False or a number of bytes >= 0",
         ),
+        ({"keep_logit_grads": 1}, ValueError, r"Plan\.keep_logit_grads=1 is one byte.*give True"),
         ({"keep_logit_grads": 0.5}, TypeError, r"Plan\.keep_logit_grads=0\.5 must be True, False or an int, in bytes"),
         ({"keep_logit_grads": None}, TypeError, r"Plan\.keep_logit_grads=None must be True, False or an int, in bytes"),
     ],

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from orpo_kernels.integration.packing import layout
 from orpo_kernels.integration.transformers import ORPOConfig, ORPOTrainer, PreferenceCollator
 from orpo_kernels.loss import orpo_from_logps
 
@@ -346,6 +347,17 @@ def test_a_model_that_cannot_pack_is_padded_without_a_warning(tokenizer, tmp_pat
         args = config(tmp_path, packing=True, max_steps=1)
         layout_of(ORPOTrainer(bloom, args, train_dataset=PAIRS, processing_class=tokenizer))
     assert "batches are padded, not shared" in caplog.text
+
+
+def test_a_refused_layout_is_laid_out_no_more(tokenizer, tmp_path, monkeypatch):
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2))
+    args = config(tmp_path, packing=True, max_steps=12)
+    trainer = ORPOTrainer(bloom, args, train_dataset=PAIRS, processing_class=tokenizer)
+    packed, pack_pairs = [], layout.pack_pairs
+    monkeypatch.setattr(layout, "pack_pairs", lambda *a, **options: packed.append(a) or pack_pairs(*a, **options))
+    trainer.train()
+    # The first batch, two trials of it, and the batch that accelerate has fetched by then.
+    assert 1 <= len(packed) <= 4
 
 
 def test_a_given_collator_and_a_stream_stay_padded(model, tokenizer, tmp_path):

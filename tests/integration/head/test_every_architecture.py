@@ -136,7 +136,9 @@ def test_log_probabilities(name: str) -> None:
         found, _ = attach(model).logps(targets, use_cache=False, **inputs)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    for key, gradient in gradients(model, found).items():
+    reached = gradients(model, found)
+    assert reached.keys() == expected.keys()
+    for key, gradient in reached.items():
         assert (gradient - expected[key]).norm() <= 1e-3 * expected[key].norm() + 1e-6 * whole, key
 
 
