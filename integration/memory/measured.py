@@ -52,10 +52,9 @@ def run_of(specification: dict[str, Any]) -> Run:
 def compare(specification: dict[str, Any], timeout: float = 900.0) -> dict[str, Any]:
     """{"measured", "estimated"} bytes beyond the weights, and the "peak" of the estimate, as `Peak.as_dict` has it.
 
-    In a process of its own, a copy of one that has done nothing but import.
+    In a process of its own, started anew: the server of forks may run already, without `ENVIRONMENT`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")
     with (
         mock.patch.dict(os.environ, ENVIRONMENT),
         ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool,
