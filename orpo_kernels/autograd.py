@@ -237,7 +237,7 @@ def save(
         saved.lse if needs.head else None,
         saved.u,
         *(saved.entropy or (None,) * 3),
-        kept.reference if kept is not None else None,
+        kept.base if kept is not None else None,
         *(kept.values if kept is not None else ()),
     )
     ctx.hidden_shape, ctx.hidden_dtype = tokens.hidden.shape, tokens.hidden.dtype
@@ -249,11 +249,11 @@ def save(
 def restore(ctx: Any) -> tuple[Tokens, Head, RowGroups | None, Saved]:
     """What `save` was given."""
     hidden, weight, bias, adapter, targets, rows, *rest = ctx.saved_tensors
-    order, unique, starts, counts, one_minus_p, lse, u, entropy_u, own, level, reference, *values = rest
+    order, unique, starts, counts, one_minus_p, lse, u, entropy_u, own, level, base, *values = rest
     if values:
         # Where the graph is not to be used again, the kept values go part by part as they are used.
         ctx.maybe_clear_saved_tensors()
-    kept = KeptLogitGrads(values, reference, ctx.kept_columns) if values else None
+    kept = KeptLogitGrads(values, base, ctx.kept_columns) if values else None
     groups = None if order is None else RowGroups(order, unique, starts, counts, ctx.largest_group)
     entropy = None if entropy_u is None and own is None else SavedEntropy(entropy_u, own, level)
     saved = Saved(one_minus_p, lse, u, kept, entropy)

@@ -42,7 +42,7 @@ def _forward(
     needs: list[bool],
     adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """(logps [T], positions [N], one_minus_p [N], lse [N], u [N, D], kept [K, V], reference [K, G], columns)."""
+    """(logps [T], positions [N], one_minus_p [N], lse [N], u [N, D], kept [K, V], base [K, G], columns)."""
     scored = select_scored(targets, weight.shape[0], hidden.shape[0], ignore_index=ignore_index, rows=rows)
     options = _options(logit_scale, softcap, compute_dtype, scratch_bytes, keep)
     tokens, head = Tokens(hidden, scored.rows, scored.targets), options.head(weight, bias, adapter)
@@ -64,7 +64,7 @@ def _forward(
         saved.lse,
         none() if saved.u is None else saved.u,
         none() if kept is None else _side_by_side(kept.values),
-        none() if kept is None else kept.reference,
+        none() if kept is None else kept.base,
         0 if kept is None else kept.columns,
     )
 
@@ -82,7 +82,7 @@ def _backward(
     lse: Tensor,
     u: Tensor,
     kept: Tensor,
-    reference: Tensor,
+    base: Tensor,
     columns: int,
     logit_scale: float,
     softcap: float | None,
@@ -102,7 +102,7 @@ def _backward(
     if wants.hidden:
         d_hidden = hidden_gradient(hidden.shape, hidden.dtype, [(coefficient, u)], token_rows, groups, options.plan)
     if wants.head:
-        saved = Saved(one_minus_p, lse, None, KeptLogitGrads([kept], reference, columns) if columns else None)
+        saved = Saved(one_minus_p, lse, None, KeptLogitGrads([kept], base, columns) if columns else None)
         tokens = Tokens(hidden, token_rows, targets.index_select(0, positions))
         head = options.head(weight, bias, adapter)
         d_head = head_gradient(tokens, head, coefficient, saved, options.plan, wants)
@@ -131,12 +131,12 @@ def _(
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     number = hidden.new_empty(n, dtype=wide)
     kept = hidden.new_empty(0, 0, dtype=wide)
-    reference = hidden.new_empty(0, 0, dtype=wide)
+    base = hidden.new_empty(0, 0, dtype=wide)
     columns: int | torch.SymInt = 0
     if keep and any(needs[1:]):
         k = context.new_dynamic_size()
         kept = hidden.new_empty(k, context.new_dynamic_size(), dtype=compute_dtype)  # rows may be longer than V
-        reference = hidden.new_empty(k, context.new_dynamic_size(), dtype=wide)
+        base = hidden.new_empty(k, context.new_dynamic_size(), dtype=wide)
         columns = context.new_dynamic_size()
     return (
         hidden.new_empty(targets.shape[0], dtype=wide),
@@ -147,7 +147,7 @@ def _(
         if needs[0]
         else hidden.new_empty(0, 0, dtype=wide),
         kept,
-        reference,
+        base,
         columns,
     )
 
@@ -165,7 +165,7 @@ def _(
     lse,
     u,
     kept,
-    reference,
+    base,
     columns,
     logit_scale,
     softcap,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orpo_kernels.call import Call
+from orpo_kernels.call_bytes import CallBytes
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 
 MIB = 1 << 20
@@ -164,7 +164,7 @@ class Plan:
             kept of the logit gradients.
         ranks: over how many the vocabulary is spread, of which this one has V entries.
         """
-        call = Call(
+        call = CallBytes(
             tokens,
             hidden_size,
             max(vocab_size, 1),

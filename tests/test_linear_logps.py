@@ -30,7 +30,7 @@ from reference import (
 from torch import Tensor
 
 from orpo_kernels import Plan, linear_logps, shift_labels
-from orpo_kernels.kernels import torch_path
+from orpo_kernels.kernels import torch_products
 from orpo_kernels.odds_ratio import log1mexp
 
 HEADS = {
@@ -64,7 +64,7 @@ def mixed_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype
         return real(a.to(out_dtype), b.to(out_dtype))
 
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(torch_path, "has_mixed_product", lambda device, dtype: True)
+    monkeypatch.setattr(torch_products, "has_mixed_product", lambda device, dtype: True)
     yield seen
     assert seen
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from orpo_kernels import Plan, linear_logps, linear_token_stats
 from orpo_kernels.autograd import HeadOptions
 from orpo_kernels.kernels import dispatch as backend
-from orpo_kernels.kernels import torch_path
+from orpo_kernels.kernels import torch_path, torch_products
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.linear_logps import scored_token_stats
 from orpo_kernels.plan import CPU_LIBRARY_BYTES, MIB, Schedule
@@ -135,7 +135,7 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fake(torch_backend: None) -> Iterator[None]:
     """Fake CPU tensors."""
-    torch_path.has_mixed_product(torch.device("cpu"), torch.bfloat16)  # Found out on real ones, and cached.
+    torch_products.has_mixed_product(torch.device("cpu"), torch.bfloat16)  # Found out on real ones, and cached.
     with FakeTensorMode():
         yield
 
@@ -143,7 +143,7 @@ def fake(torch_backend: None) -> Iterator[None]:
 @pytest.fixture
 def fake_gpu(torch_backend: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without memory that is not a CPU, with a GPU's product of 16-bit operands."""
-    monkeypatch.setattr(torch_path, "has_mixed_product", lambda device, dtype: True)
+    monkeypatch.setattr(torch_products, "has_mixed_product", lambda device, dtype: True)
     monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
     return "meta"
 
@@ -344,7 +344,7 @@ def test_fake_tensors_tell_the_truth(torch_backend: None) -> None:
 def test_a_buffer_that_is_held_too_long_is_seen(monkeypatch: pytest.MonkeyPatch, fake: None) -> None:
     """The watch works: with a copy of each widened block of the weight held until the next chunk, the budget breaks."""
     held: list[Tensor] = []
-    real = torch_path._Products.weight_rows
+    real = torch_products.Products.weight_rows
 
     def weight_rows(self: Any, columns: slice) -> Tensor:
         if columns.start == 0:
@@ -355,7 +355,7 @@ def test_a_buffer_that_is_held_too_long_is_seen(monkeypatch: pytest.MonkeyPatch,
 
     shapes = Shapes(400, 256, 2000, torch.bfloat16, plan=Plan(scratch_bytes=2 * MIB))
     assert_within_budget(shapes)
-    monkeypatch.setattr(torch_path._Products, "weight_rows", weight_rows)
+    monkeypatch.setattr(torch_products.Products, "weight_rows", weight_rows)
     with pytest.raises(AssertionError), torch.no_grad():
         assert_within_budget(shapes)
 

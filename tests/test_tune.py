@@ -16,7 +16,7 @@ from orpo_kernels.kernels import configs
 from orpo_kernels.kernels.interface import Head
 
 tuned = pytest.importorskip("orpo_kernels.kernels.tuned", reason="Triton is not installed")
-triton_path = pytest.importorskip("orpo_kernels.kernels.triton_path", reason="Triton is not installed")
+triton_launch = pytest.importorskip("orpo_kernels.kernels.triton_launch", reason="Triton is not installed")
 
 H100 = configs.cuda_target(90)
 CANDIDATES = configs.candidates(H100, torch.bfloat16)
@@ -130,10 +130,11 @@ def test_the_launcher_takes_what_was_tuned_for_the_pass(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
     head: Any = Head(OnACard(), None, 1.0, None, torch.bfloat16)  # type: ignore[arg-type]
     tuned.save({tuned.key("A Card", torch.bfloat16, "gradient", 2000, 4096, False): entry()})
-    assert triton_path._default_config(head, "gradient", 1500) == OTHER
-    assert triton_path._default_config(head, "exponentials", 1500) == DEFAULT
-    assert triton_path._default_config(head, "gradient", 300) == DEFAULT
-    assert triton_path._default_config(head, "gradient", 1500, row_or_column_sums=True) == DEFAULT
+    assert triton_launch.default_config(head, "gradient", 1500) == OTHER
+    assert triton_launch.default_config(head, "exponentials", 1500) == DEFAULT
+    assert triton_launch.default_config(head, "gradient", 300) == DEFAULT
+    assert triton_launch.default_config(head, "gradient", 1500, bias_gradient=True) == DEFAULT
+    assert triton_launch.default_config(head, "gradient", 1500, statistics=True) == DEFAULT
 
 
 # ---- the command ----

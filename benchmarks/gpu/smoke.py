@@ -29,10 +29,10 @@ from benchmarks.gpu.common import (
     truth,
 )
 from orpo_kernels import Plan, Schedule
-from orpo_kernels.kernels import configs, triton_path
+from orpo_kernels.kernels import configs, triton_launch, triton_path
 from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Head, Tokens
-from orpo_kernels.kernels.triton_path import _Launcher as Launcher
+from orpo_kernels.kernels.triton_launch import Launcher
 from orpo_kernels.linear_logps import head_options, scored_logps
 from orpo_kernels.plan import MIB
 from orpo_kernels.tokens import select_scored
@@ -143,7 +143,7 @@ def integers() -> dict[str, Any]:
     for config in [TINY, *shapes()]:
         launch = Launcher(head, config)
         base = launch.targets(h, None, tokens.targets)[2]
-        tile, g = (triton_path._tile_buffer(n, v, BF16, DEVICE, config).fill_(torch.nan) for _ in range(2))
+        tile, g = (triton_launch.tile_buffer(n, v, BF16, DEVICE, config).fill_(torch.nan) for _ in range(2))
         launch.sums(h, None, tokens.targets, base, tile)
         launch.gradient(h, tokens.targets, torch.ones_like(base), base, g, None)
         tiles[config] = (tile[:, :v], g[:, :v])
@@ -242,8 +242,8 @@ def time_tiles(config: TileConfig, c: int, block: int) -> dict[str, Any]:
     n, d, v = HEADLINE
     tokens, head = make((n, d, v), seed=3)
     launch, part = Launcher(head, config), Launcher(head, config, slice(0, block))
-    tile = triton_path._tile_buffer(c, v, BF16, DEVICE, config)
-    g = triton_path._tile_buffer(n, block, BF16, DEVICE, config)
+    tile = triton_launch.tile_buffer(c, v, BF16, DEVICE, config)
+    g = triton_launch.tile_buffer(n, block, BF16, DEVICE, config)
     h, y = tokens.hidden[:c], tokens.targets[:c]
     base = launch.targets(tokens.hidden, None, tokens.targets)[2]
     calls: dict[str, tuple[int, Any]] = {

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.common import BF16, CUDA, make
-from orpo_kernels.kernels import triton_path
+from orpo_kernels.kernels import triton_launch, triton_path
 from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import Head, Tokens
 from orpo_kernels.plan import Schedule
@@ -59,10 +59,10 @@ def run(job: Job) -> str | None:
 
 
 def tiles_alone(tokens: Tokens, head: Head, config: TileConfig) -> None:
-    launch = triton_path._Launcher(head, config)
+    launch = triton_launch.Launcher(head, config)
     h, y = tokens.hidden, tokens.targets
     base = launch.targets(h, None, y)[2]
-    tile = triton_path._tile_buffer(len(y), len(head.weight), head.compute_dtype, h.device, config)
+    tile = triton_launch.tile_buffer(len(y), len(head.weight), head.compute_dtype, h.device, config)
     for out in (None, tile):
         launch.sums(h, None, y, base, out)
     launch.gradient(h, y, base, base, tile, None)

@@ -87,11 +87,16 @@ def target_of(device: torch.device) -> Target | None:
 
 
 def default(
-    target: Target | None, dtype: torch.dtype, tokens: int, hidden_size: int, heavy_epilogue: bool
+    target: Target | None,
+    dtype: torch.dtype,
+    tokens: int,
+    hidden_size: int,
+    heavy_epilogue: bool,
+    statistics: bool = False,
 ) -> TileConfig:
     """The tile for `tokens` rows of `hidden_size` numbers in the compute dtype `dtype`.
 
-    heavy_epilogue: one with a soft-cap or a bias gradient.
+    heavy_epilogue: one with a soft-cap, a bias gradient or statistics. statistics: one with these.
     """
     if target is None:
         return INTERPRETER
@@ -101,8 +106,11 @@ def default(
         narrow = heavy_epilogue and target.arch != 90
     else:
         narrow = heavy_epilogue or hidden_size <= _SMALL_D
-    suited = (c for c in fitting if c.block_c <= largest_c and c.block_v <= (128 if narrow else 256))
-    return next(suited, fitting[-1])
+    suited = [c for c in fitting if c.block_c <= largest_c and c.block_v <= (128 if narrow else 256)]
+    if statistics and target.arch != 90:
+        # For 10.0, Triton 3.9 fails to compile statistics of a soft-capped tile in a persistent kernel of eight warps.
+        suited = [c for c in suited if not c.persistent or c.num_warps == 4]
+    return next(iter(suited), fitting[-1])
 
 
 def candidates(target: Target, dtype: torch.dtype) -> list[TileConfig]:

@@ -82,15 +82,15 @@ class Head(NamedTuple):
 class KeptLogitGrads(NamedTuple):
     """Logit gradients kept from the forward for the first K tokens, to spare the backward one product.
 
-    values: [K, V] compute dtype, exp(z - reference) * f' with the target's entry 0, cut into parts [K, P] of whole
+    values: [K, V] compute dtype, exp(z - base) * f' with the target's entry 0, cut into parts [K, P] of whole
         groups. The kernels' lack the f' of a head without a soft-cap, have -S f' for the target's entry, with S the sum
         of the others over f', and rows that are a little longer than V.
-    reference: [K, G] accumulation dtype: column g is the reference of the g-th group of `columns` entries.
+    base: [K, G] accumulation dtype: column g is the base of the g-th group of `columns` entries.
     columns: the width of a group.
     """
 
     values: list[Tensor]
-    reference: Tensor
+    base: Tensor
     columns: int
 
     def tile(self, tokens: slice, columns: slice) -> Tensor:

@@ -4,7 +4,7 @@
     sum_kernel       S, and from it  log_odds = (t_y - base - log2 S) log 2  and  L = z_y - log_odds
     maximum_kernel   `base` of the rows that the slow lane takes
     u_kernel         u = f'_y W[y] - (E W) / S, rounded once
-    scale_kernel     rows of kept exponentials whose reference has been raised
+    scale_kernel     rows of kept exponentials whose base has been raised
 
 `t_y` and `base` are in units of log 2, as `tile` needs them. `base` is t_y rounded to fp32 for every row but those of
 the slow lane, and what that rounding left, `low`, is kept beside it: `base - t_y` is -low.

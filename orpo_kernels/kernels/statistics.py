@@ -6,7 +6,7 @@ With the symbols of `interface` (s = 1 - p(y), q the softmax over the competitor
     sum p^2     = (1 - s)^2 + s^2 sum q^2
     H(q)        = log S - sum e (z - r) / S          log sum q^2 = log sum e^2 - 2 log S
 
-where e = exp(z - r) and S = sum e over the competitors, relative to any reference r. Every term of H is positive and
+where e = exp(z - r) and S = sum e over the competitors, relative to any base r. Every term of H is positive and
 as exact as s is: the entropy of a token with s = 1e-10 has all its digits, where `log Z - sum p z` would have none.
 
 **The entropy's gradient.** From dp_w/dz_v = p_w (1(v=w) - p_v) and sum_w dp_w/dz_v = 0,

@@ -74,13 +74,13 @@ def bent(x, logit_scale, softcap):
 
 
 @triton.jit
-def log2_above(r, reference, logit_scale, softcap):
-    """`z log2 e - reference`, within 4e-7 of the cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
+def log2_above(r, base, logit_scale, softcap):
+    """`z log2 e - base`, within 4e-7 of the cap where there is one: `tanh(a) = 1 - 2 / (1 + e^(2a))`."""
     if softcap is not None:
         cap = softcap * LOG2_E
-        return (cap - (2.0 * cap) * r) - reference
+        return (cap - (2.0 * cap) * r) - base
     else:
-        return r * (logit_scale * LOG2_E) - reference
+        return r * (logit_scale * LOG2_E) - base
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def finish(
     p_sums,
     stride_t,
     y,
-    reference,
+    base,
     c_s,
     i_c,
     first,
@@ -259,14 +259,14 @@ def finish(
     the statistics WANTED."""
     o_c = i_c * BC + tl.arange(0, BC)
     if EPILOGUE == GRADIENT:
-        tile = gradient(x, p_bias, y, reference, c_s, first, V, logit_scale, softcap, W)
+        tile = gradient(x, p_bias, y, base, c_s, first, V, logit_scale, softcap, W)
         sums = tl.zeros((BC,), dtype=tl.float32)
         if p_sums is not None:
             p_columns = p_sums + i_c.to(tl.int64) * (n_v * BV) + first
             tl.store(p_columns + tl.arange(0, W), tl.sum(tile, 0))
         found = statistics.of_tile(tile, tile, y, first, V, W, 0)
     else:
-        tile, r, t = exponentials(x, p_bias, y, reference, first, V, logit_scale, softcap, W)
+        tile, r, t = exponentials(x, p_bias, y, base, first, V, logit_scale, softcap, W)
         sums = tl.sum(tile, 1)
         found = statistics.of_tile(tile, t, y, first, V, W, WANTED)
         if p_tile is not None and softcap is not None:
@@ -293,7 +293,7 @@ def finish_halves(
     p_sums,
     stride_t,
     y,
-    reference,
+    base,
     c_s,
     i_c,
     first,
@@ -311,11 +311,11 @@ def finish_halves(
     """`finish` of W columns, one half after the other, stored by descriptor."""
     left, right = halved(x, BC, W)
     sums, found = finish(
-        left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+        left, p_bias, p_tile, p_sums, stride_t, y, base, c_s, i_c, first, C, V, n_v,
         logit_scale, softcap, EPILOGUE, WANTED, BC, BV, W // 2, True,
     )  # fmt: skip
     sums_right, found_right = finish(
-        right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + W // 2, C, V, n_v,
+        right, p_bias, p_tile, p_sums, stride_t, y, base, c_s, i_c, first + W // 2, C, V, n_v,
         logit_scale, softcap, EPILOGUE, WANTED, BC, BV, W // 2, True,
     )  # fmt: skip
     return sums + sums_right, statistics.joined(found, found_right)
@@ -329,7 +329,7 @@ def make_tile(
     p_weight,
     p_bias,
     p_targets,
-    p_reference,
+    p_base,
     p_coefficient,
     p_tile,
     p_sums,
@@ -365,30 +365,30 @@ def make_tile(
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     y = (tl.load(p_targets + o_c, mask=m_c, other=-1) - v_start).to(tl.int32)
-    # Rows past the end repeat the last token or are zero: a reference of inf makes all they add zero.
-    reference = tl.load(p_reference + o_c, mask=m_c, other=float("inf"))
-    c_s = reference
+    # Rows past the end repeat the last token or are zero: a base of inf makes all they add zero.
+    base = tl.load(p_base + o_c, mask=m_c, other=float("inf"))
+    c_s = base
     if EPILOGUE == GRADIENT:
         # L is -inf where there is no competitor; z is too, or it is the target.
-        reference = finite(reference) * LOG2_E
+        base = finite(base) * LOG2_E
         c_s = tl.load(p_coefficient + o_c, mask=m_c, other=0.0)
     first = i_v * BV
     if PERSISTENT:
         # In quarters: registers and shared memory for no more of it at a time.
         left, right = halved(x, BC, BV)
         sums, found = finish_halves(
-            left, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+            left, p_bias, p_tile, p_sums, stride_t, y, base, c_s, i_c, first, C, V, n_v,
             logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV // 2,
         )  # fmt: skip
         sums_right, found_right = finish_halves(
-            right, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first + BV // 2, C, V, n_v,
+            right, p_bias, p_tile, p_sums, stride_t, y, base, c_s, i_c, first + BV // 2, C, V, n_v,
             logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV // 2,
         )  # fmt: skip
         sums += sums_right
         found = statistics.joined(found, found_right)
     else:
         sums, found = finish(
-            x, p_bias, p_tile, p_sums, stride_t, y, reference, c_s, i_c, first, C, V, n_v,
+            x, p_bias, p_tile, p_sums, stride_t, y, base, c_s, i_c, first, C, V, n_v,
             logit_scale, softcap, EPILOGUE, WANTED, BC, BV, BV, False,
         )  # fmt: skip
     if EPILOGUE != GRADIENT:
@@ -400,7 +400,7 @@ def make_tile(
 # Slices of the tokens' own numbers start anywhere: one compiled kernel serves them all.
 @triton.jit(
     do_not_specialize=["v_start", "C", "V"],
-    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_reference", "p_coefficient"],
+    do_not_specialize_on_alignment=["p_rows", "p_bias", "p_targets", "p_base", "p_coefficient"],
 )
 def tile_kernel(
     p_hidden,  # rows of any strides, or a descriptor
@@ -408,7 +408,7 @@ def tile_kernel(
     p_weight,  # [V, D], or a descriptor
     p_bias,  # [V], or None
     p_targets,  # [C] int64
-    p_reference,  # [C] fp32: `base`; for GRADIENT, L
+    p_base,  # [C] fp32: `base`; for GRADIENT, L
     p_coefficient,  # [C] fp32, `c s`: GRADIENT only
     p_tile,  # [C, n_v BV], for EXPONENTIALS and GRADIENT; a descriptor of [BC, BV / 4] blocks if PROGRAMS
     p_sums,  # fp32: of rows [n_v, C]; for GRADIENT of columns [n_c, n_v BV], or None
@@ -438,13 +438,13 @@ def tile_kernel(
         n_tiles = tl.cdiv(C, BC) * tl.cdiv(V, BV)
         for i in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
             make_tile(
-                i, p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums, p_planes,
+                i, p_hidden, p_rows, p_weight, p_bias, p_targets, p_base, p_coefficient, p_tile, p_sums, p_planes,
                 stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
                 EPILOGUE, WANTED, BC, BV, BD, GROUP, EVEN_D, PRECISION, True,
             )  # fmt: skip
     else:
         make_tile(
-            tl.program_id(0), p_hidden, p_rows, p_weight, p_bias, p_targets, p_reference, p_coefficient, p_tile, p_sums,
+            tl.program_id(0), p_hidden, p_rows, p_weight, p_bias, p_targets, p_base, p_coefficient, p_tile, p_sums,
             p_planes, stride_hr, stride_hd, stride_wv, stride_wd, stride_t, v_start, C, V, D, logit_scale, softcap,
             EPILOGUE, WANTED, BC, BV, BD, GROUP, EVEN_D, PRECISION, False,
         )  # fmt: skip

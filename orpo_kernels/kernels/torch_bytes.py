@@ -7,8 +7,11 @@ import torch
 from orpo_kernels.fit import Bytes
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 
-# A row's own numbers (references, sums, masks, indices) of four bytes, rounded up.
+# A row's own numbers (bases, sums, masks, indices) of four bytes, rounded up.
 _ROW_BYTES = 128
+
+# Rows of a tile that a CPU takes the entropy of while they are in its own cache.
+ROWS_AT_ONCE = 256
 
 
 def tile_bytes(
@@ -40,8 +43,13 @@ def tile_bytes(
     forward_token, forward_logit, backward_logit = token, logit, logit
     if statistics.asked:
         forward_token += _ROW_BYTES * wide // 4
-        # The exponentials beside the logits, and which of these are before the target.
-        forward_logit += wide * statistics.second_tile + statistics.is_top1
+        # The exponentials beside the logits; which of these are before the target, and all columns' numbers for that.
+        second, before = wide * statistics.second_tile, statistics.is_top1
+        if cpu:
+            forward += ROWS_AT_ONCE * (before + second * (not statistics.entropy_grad)) + 8 * before
+            forward_logit += second * statistics.entropy_grad
+        else:
+            forward_logit += second + before
     if statistics.entropy_grad:
         forward_token += hidden_size * wide * mixed
         backward_logit += wide
@@ -49,6 +57,6 @@ def tile_bytes(
 
 
 def kept_bytes(vocab_size: int, dtype: torch.dtype, block: int) -> int:
-    """What the kept logit gradients of a token take, with a reference for each block."""
+    """What the kept logit gradients of a token take, with a base for each block."""
     wide = 8 if dtype == torch.float64 else 4
     return vocab_size * dtype.itemsize + -(-vocab_size // block) * wide

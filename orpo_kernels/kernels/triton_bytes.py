@@ -11,7 +11,7 @@ from orpo_kernels.fit import Bytes
 
 # What the kernels' products take.
 DTYPES = (torch.bfloat16, torch.float32)
-# A row's own numbers (references, sums, masks, indices), rounded up.
+# A row's own numbers (bases, sums, masks, indices), rounded up.
 _ROW_BYTES = 128
 # Tiles have from 64 to 256 columns: rows are as long as whole tiles, and each tile leaves a sum a row, and a number for
 # each statistic.
@@ -56,6 +56,6 @@ def tile_bytes(
 
 
 def kept_bytes(vocab_size: int, dtype: torch.dtype) -> int:
-    """What the kept logit gradients of a token take, in rows of whole tiles, with its one reference."""
+    """What the kept logit gradients of a token take, in rows of whole tiles, with its one base."""
     widest = _TILE_COLUMNS[1]
     return -(-vocab_size // widest) * widest * dtype.itemsize + 4

@@ -24,9 +24,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from orpo_kernels.kernels import configs, tuned
 from orpo_kernels.kernels.configs import TileConfig
 from orpo_kernels.kernels.interface import (
     EntropyGradient,
@@ -38,22 +36,18 @@ from orpo_kernels.kernels.interface import (
     Tokens,
 )
 from orpo_kernels.kernels.products import chunks_of, has_mixed_product
-from orpo_kernels.kernels.rows import maximum_kernel, scale_kernel, sum_kernel, target_kernel, u_kernel
-from orpo_kernels.kernels.slow_lane import MAXIMA, slow_kernel
+from orpo_kernels.kernels.rows import scale_kernel
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
-from orpo_kernels.kernels.tile import EXPONENTIALS, GRADIENT, INTERPRETED, SUMS, tile_kernel
+from orpo_kernels.kernels.tile import INTERPRETED
 from orpo_kernels.kernels.triton_bytes import DTYPES
+from orpo_kernels.kernels.triton_launch import OPTIONS, Launcher, default_config, on_device, tile_buffer
 from orpo_kernels.kernels.triton_statistics import GatheredStatistics
 from orpo_kernels.plan import Schedule
 
-# Programs of the slow lane for a block of tokens: more finish a slow block sooner, fewer return sooner.
-_SLICES = 64
 # How much of the inner dimension is widened at a time where no 16-bit product has an fp32 result.
 _WIDENED = 2048
 # Of a kept row's sum, as a logarithm: bf16 and fp32 hold e^88.
 _LARGEST_SUM = 64.0
-# Stated, as Triton's default changes between versions.
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def supports(head: Head, tokens_device: torch.device) -> str | None:
@@ -95,19 +89,19 @@ def forward(
             "schedule with full_vocab_tiles=True, and Plan.scratch_bytes large enough for that"
         )
     what = "exponentials" if want_u else "sums"
-    config = config or _default_config(head, what, min(n, schedule.forward_chunk), bool(wanted.asked))
-    launch = _Launcher(head, config)
+    config = config or default_config(head, what, min(n, schedule.forward_chunk), statistics=bool(wanted.asked))
+    launch = Launcher(head, config)
     statistics = GatheredStatistics(wanted, n, v, device)
     log_odds = torch.empty(n, dtype=torch.float32, device=device)
     lse = torch.empty(n, dtype=torch.float32, device=device)
     u = torch.empty(n, d, dtype=dtype, device=device) if want_u else None
     keep, kept = min(schedule.keep_rows, n), None
     if schedule.keep_rows:
-        reference = torch.empty(keep, 1, dtype=torch.float32, device=device)
-        kept = KeptLogitGrads([_tile_buffer(keep, v, dtype, device, config)], reference, v)
-    scratch = _tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
+        base = torch.empty(keep, 1, dtype=torch.float32, device=device)
+        kept = KeptLogitGrads([tile_buffer(keep, v, dtype, device, config)], base, v)
+    scratch = tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
-    with _on(device):
+    with on_device(device):
         if tokens.known is None:
             target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
         else:
@@ -134,7 +128,7 @@ def forward(
                 launch.finish_u(product, y, slope_y, total, u[chunk])
                 del product
             if kept is not None and keeps and tile is not None:
-                kept.reference[chunk, 0] = base * math.log(2)
+                kept.base[chunk, 0] = base * math.log(2)
                 if tokens.known is None:  # else S is that of a slice, and `settle_kept` knows the whole
                     own = -total * (slope_y / launch.left_out)
                     tile.scatter_(1, y[:, None], own.to(dtype)[:, None])
@@ -166,8 +160,8 @@ def weight_gradient(
     if n == 0 or (d_weight is None and d_bias is None):
         return HeadGradients(*(None if d is None else d.zero_() for d in (d_weight, d_bias)))
     chunk_size, block = min(schedule.backward_chunk, n), min(schedule.backward_block, v)
-    keep = kept.reference.shape[0] if kept is not None else 0
-    config = config or _default_config(head, "gradient", chunk_size, d_bias is not None)
+    keep = kept.base.shape[0] if kept is not None else 0
+    config = config or default_config(head, "gradient", chunk_size, bias_gradient=d_bias is not None)
     factors = None if kept is None else _kept_factors(head, coefficient, lse, kept)
     chunks = list(chunks_of(n, chunk_size, keep))
     alone = len(chunks) == 1
@@ -179,12 +173,12 @@ def weight_gradient(
             return rows
         return torch.mul(rows, factors[chunk, None], out=torch.empty(rows.shape, dtype=dtype, device=device))
 
-    with _on(device):
+    with on_device(device):
         # Rows that serve every block are made once.
         ready = [operand(chunk) for chunk in chunks] if n == chunk_size else None
-        buffer = _tile_buffer(min(chunk_size, n - keep), block, dtype, device, config)
+        buffer = tile_buffer(min(chunk_size, n - keep), block, dtype, device, config)
         for columns in chunks_of(v, block):
-            launch = _Launcher(head, config, columns) if keep < n else None
+            launch = Launcher(head, config, columns) if keep < n else None
             width = columns.stop - columns.start
             dest = d_weight[columns] if d_weight is not None else None
             total: Tensor | None = None
@@ -214,8 +208,8 @@ def weight_gradient(
 
 def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
     """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
-    launch = _Launcher(head, _default_config(head, "sums", tokens.targets.numel()))
-    with _on(head.weight.device):
+    launch = Launcher(head, default_config(head, "sums", tokens.targets.numel()))
+    with on_device(head.weight.device):
         (t_y, low), slopes, _ = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
     absent = tokens.targets < 0
     value = (t_y.double() + low.double()) * math.log(2)
@@ -223,7 +217,7 @@ def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogit
 
 
 def _known_targets(known: TargetLogits) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_Launcher.targets` gives, from z_y itself."""
+    """What `Launcher.targets` gives, from z_y itself."""
     exact = known.value / math.log(2)
     t_y = exact.float()
     low = torch.where(t_y.isfinite(), exact - t_y, 0.0).float()
@@ -233,32 +227,32 @@ def _known_targets(known: TargetLogits) -> tuple[Tensor, Tensor, Tensor]:
 def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -> None:
     """Puts the targets' entries, `-S f'_y` with S over the whole vocabulary, into what a slice has kept; in place.
 
-    S is e^(L - reference). Where that is out of range, though the slice's own sum is not, the reference is raised and
+    S is e^(L - base). Where that is out of range, though the slice's own sum is not, the base is raised and
     the row falls with it.
     """
     assert tokens.known is not None
-    keep, tile = len(kept.reference), kept.values[0]
-    reference, y = kept.reference[:, 0], tokens.targets[:keep, None]
-    logarithm = lse[:keep] - reference
+    keep, tile = len(kept.base), kept.values[0]
+    base, y = kept.base[:, 0], tokens.targets[:keep, None]
+    logarithm = lse[:keep] - base
     over = (logarithm - _LARGEST_SUM).clamp_(min=0.0).nan_to_num_(0.0)
-    with _on(tile.device):
+    with on_device(tile.device):
         scale_kernel[(triton.cdiv(keep, 16), 64)](
-            tile, (-over).exp().float(), tile.stride(0), keep, kept.columns, BC=16, BV=256, **_OPTIONS
+            tile, (-over).exp().float(), tile.stride(0), keep, kept.columns, BC=16, BV=256, **OPTIONS
         )  # fmt: skip
     left_out = head.logit_scale if head.softcap is None else 1.0
     own = -(logarithm - over).exp() * (tokens.known.slope[:keep] / left_out)
     y_held = y.clamp_min(0)
     tile.scatter_(1, y_held, torch.where(y < 0, tile.gather(1, y_held), own[:, None].to(tile.dtype)))
-    kept.reference[:, 0] = reference + over.float()
+    kept.base[:, 0] = base + over.float()
 
 
 def _kept_factors(head: Head, coefficient: Tensor, lse: Tensor, kept: KeptLogitGrads) -> Tensor:
     """What kept exponentials [K, V] miss to be rows of G: -c s f' / S without a soft-cap, where f' is a number."""
-    keep = len(kept.reference)
+    keep = len(kept.base)
     # L is -inf where nothing competes, and the kept values are 0.
     lse = torch.where(lse[:keep] == -torch.inf, 0.0, lse[:keep])
     slope = head.logit_scale if head.softcap is None else 1.0
-    return torch.exp(kept.reference[:, 0] - lse) * (-slope * coefficient[:keep])
+    return torch.exp(kept.base[:, 0] - lse) * (-slope * coefficient[:keep])
 
 
 def _weighted_sums(tile: Tensor, factors: Tensor) -> Tensor:
@@ -270,173 +264,6 @@ def _weighted_sums(tile: Tensor, factors: Tensor) -> Tensor:
         left = left - parts[-1].float()
     weights = torch.stack(parts, 1)
     return _add_product(None, tile.t(), weights, factors.new_empty(tile.shape[1], weights.shape[1])).sum(1)
-
-
-class _Launcher:
-    """Launches the kernels for a head, or for some rows of its weight, with one tile shape."""
-
-    def __init__(self, head: Head, config: TileConfig, columns: slice | None = None) -> None:
-        columns = columns or slice(0, head.weight.shape[0])
-        dtype = head.compute_dtype
-        self.head, self.config, self.start = head, config, columns.start
-        self.weight = head.weight[columns].to(dtype)
-        self.bias = None if head.bias is None else head.bias[columns].to(dtype)
-        self.V, self.D = self.weight.shape
-        self.n_v = triton.cdiv(self.V, config.block_v)
-        self.transform = (head.logit_scale, head.softcap)
-        # The part of f' that stored exponentials do not have.
-        self.left_out = head.logit_scale if head.softcap is None else 1.0
-        self.shape = {
-            "BC": config.block_c,
-            "BV": config.block_v,
-            "BD": config.block_d,
-            "EVEN_D": self.D % config.block_d == 0,
-            "PRECISION": _precision(self.weight.device),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **_OPTIONS,
-        }
-
-    def targets(self, hidden: Tensor, rows: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_y log2 e [2, C], rounded to fp32 and what that left; its slope f' and the first base of each row [C]."""
-        numbers = torch.empty(4, y.numel(), dtype=torch.float32, device=y.device)
-        target_kernel[(triton.cdiv(y.numel(), 4),)](
-            hidden, rows, self.weight, self.bias, y, *numbers,
-            *hidden.stride(), *self.weight.stride(), y.numel(), self.D, *self.transform,
-            BC=4, BD=512, **_OPTIONS,
-        )  # fmt: skip
-        return numbers[:2], numbers[2], numbers[3]
-
-    def sums(
-        self,
-        hidden: Tensor,
-        rows: Tensor | None,
-        y: Tensor,
-        base: Tensor,
-        tile: Tensor | None,
-        planes: Tensor | None = None,
-        wanted: int = 0,
-    ) -> Tensor:
-        """Each tile's row sums [n_v, C], and the exponentials in `tile` [C, V] where it is not None.
-
-        planes, wanted: where each tile's statistics go, and which (`tile_statistics`).
-        """
-        partial = torch.empty(self.n_v, y.numel(), dtype=torch.float32, device=y.device)
-        epilogue = SUMS if tile is None else EXPONENTIALS
-        self._tiles(epilogue, hidden, rows, y, base, None, tile, partial, planes, wanted)
-        return partial
-
-    def finish_sums(
-        self,
-        partial: Tensor,
-        base: Tensor,
-        target: Tensor,
-        total: Tensor,
-        log_odds: Tensor,
-        lse: Tensor,
-        again: bool = False,
-    ) -> None:
-        """Writes S, log_odds and lse [C]; again: of abnormal rows only, in place of the first ones."""
-        c = total.numel()
-        sum_kernel[(triton.cdiv(c, 32),)](
-            partial, base, *target, total, log_odds, lse, c, self.V, self.n_v, AGAIN=again, BC=32, BV=64, **_OPTIONS
-        )  # fmt: skip
-
-    def slow_lane(
-        self,
-        hidden: Tensor,
-        rows: Tensor | None,
-        y: Tensor,
-        base: Tensor,
-        total: Tensor,
-        tile: Tensor | None,
-        partial: Tensor,
-        planes: Tensor | None = None,
-        wanted: int = 0,
-    ) -> None:
-        """Replaces the base [C], tile [C, V], partial sums [n_v, C] and statistics' moments of abnormal rows."""
-        c = y.numel()
-        slices = min(_SLICES, self.n_v)
-
-        # A loop around the tile needs registers: tiles are half as tall, down to the 64 rows that sm_90 multiplies.
-        block_c = max(self.config.block_c // 2, min(self.config.block_c, 64))
-        shape = {**self.shape, "BC": block_c, "num_warps": 8}
-
-        def launch(epilogue: Any, stored: Tensor | None, wanted: int) -> None:
-            slow_kernel[(triton.cdiv(c, shape["BC"]), slices)](
-                hidden, rows, self.weight, self.bias, y, base, total, stored, partial, planes,
-                *hidden.stride(), *self.weight.stride(), 0 if stored is None else stored.stride(0),
-                c, self.V, self.D, *self.transform, EPILOGUE=epilogue, WANTED=wanted, SLICES=slices, **shape,
-            )  # fmt: skip
-
-        launch(MAXIMA, None, 0)
-        maximum_kernel[(triton.cdiv(c, 32),)](partial, total, base, c, self.V, self.n_v, BC=32, BV=64, **_OPTIONS)
-        launch(EXPONENTIALS, tile, wanted)
-
-    def finish_u(self, product: Tensor, y: Tensor, slope_y: Tensor, total: Tensor, u: Tensor) -> None:
-        """u [C, D] from the product E W [C, D] in fp32, which may be the same memory."""
-        grid = (triton.cdiv(y.numel(), 8), triton.cdiv(self.D, 256))
-        u_kernel[grid](
-            product, self.weight, y, slope_y, total, u, *self.weight.stride(), y.numel(), self.D, self.left_out,
-            BC=8, BD=256, **_OPTIONS,
-        )  # fmt: skip
-
-    def gradient(
-        self, hidden: Tensor, y: Tensor, c_s: Tensor, lse: Tensor, g: Tensor, column_sums: Tensor | None
-    ) -> None:
-        """c s (onehot - q) f' [C, Vb] into `g`; adds its column sums."""
-        partial = None
-        if column_sums is not None:
-            n_c = triton.cdiv(y.numel(), self.config.block_c)
-            partial = torch.empty(n_c, self.n_v * self.config.block_v, dtype=torch.float32, device=y.device)
-        self._tiles(GRADIENT, hidden, None, y, lse, c_s, g, partial)
-        if column_sums is not None and partial is not None:
-            column_sums += partial[:, : self.V].sum(0)
-
-    def _tiles(
-        self,
-        epilogue: Any,
-        hidden: Tensor,
-        rows: Tensor | None,
-        y: Tensor,
-        reference: Tensor,
-        c_s: Tensor | None,
-        tile: Tensor | None,
-        sums: Tensor | None,
-        planes: Tensor | None = None,
-        wanted: int = 0,
-    ) -> None:
-        config, c = self.config, y.numel()
-        tiles, programs = triton.cdiv(c, config.block_c) * self.n_v, 0
-        operands: list[Any] = [hidden, self.weight, tile]
-        if config.persistent and _has_descriptor(self.weight):
-            if rows is not None:
-                hidden, rows = hidden.index_select(0, rows), None
-            if _has_descriptor(hidden):
-                programs = configs.multiprocessors(hidden.device)
-                operands[0] = TensorDescriptor.from_tensor(hidden, [config.block_c, config.block_d])
-                operands[1] = TensorDescriptor.from_tensor(self.weight, [config.block_v, config.block_d])
-        if programs and tile is not None:
-            # The buffer's rows hold whole tiles.
-            whole = tile.as_strided((c, self.n_v * config.block_v), tile.stride())
-            operands[2] = TensorDescriptor.from_tensor(whole, [config.block_c, config.block_v // 4])
-        tile_kernel[(min(tiles, programs or tiles),)](
-            operands[0], rows, operands[1], self.bias, y, reference, c_s, operands[2], sums, planes,
-            *hidden.stride(), *self.weight.stride(), 0 if tile is None else tile.stride(0),
-            self.start, c, self.V, self.D, *self.transform,
-            EPILOGUE=epilogue, WANTED=wanted, GROUP=config.group, PROGRAMS=programs, **self.shape,
-        )  # fmt: skip
-
-
-def _has_descriptor(x: Tensor) -> bool:
-    """Whether the tensor memory unit can load blocks of a matrix."""
-    row, column = x.stride()
-    return column == 1 and row >= x.shape[1] and row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-def _tile_buffer(c: int, v: int, dtype: torch.dtype, device: torch.device, config: TileConfig) -> Tensor:
-    """Memory for a tile [C, V], its rows whole tiles, so that a store needs no mask along the row and can be wide."""
-    return torch.empty(c, triton.cdiv(v, config.block_v) * config.block_v, dtype=dtype, device=device)
 
 
 def _hidden_rows(tokens: Tokens, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -497,30 +324,3 @@ def _fp32_reductions() -> Iterator[None]:
         yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
-
-
-def _default_config(head: Head, what: str, tokens: int, row_or_column_sums: bool = False) -> TileConfig:
-    """The tile's shape for one of `tuned.PASSES`: the one that was tuned for it, if any.
-
-    row_or_column_sums: the epilogue adds up more than the exponentials, for statistics or the bias's gradient.
-    """
-    device, dtype, hidden_size = head.weight.device, head.compute_dtype, head.weight.shape[1]
-    target = configs.target_of(device)
-    heavy = row_or_column_sums or head.softcap is not None
-    default = configs.default(target, dtype, tokens, hidden_size, heavy)
-    if target is None or device.type != "cuda":
-        return default
-    key = tuned.key(torch.cuda.get_device_name(device), dtype, what, tokens, hidden_size, heavy)
-    return tuned.shape(key, default, configs.candidates(target, dtype))
-
-
-def _precision(device: torch.device) -> str:
-    """How fp32 operands are multiplied: as torch is set to."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

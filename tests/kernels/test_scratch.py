@@ -14,6 +14,7 @@ from orpo_kernels.kernels.statistics import Statistics
 from orpo_kernels.plan import MIB
 
 triton_path = pytest.importorskip("orpo_kernels.kernels.triton_path", reason="Triton is not installed")
+triton_launch = pytest.importorskip("orpo_kernels.kernels.triton_launch", reason="Triton is not installed")
 
 SMALL_D = (1000, 576, 49152)  # 24 tiles of 128 x 256
 
@@ -32,7 +33,7 @@ class Unlaunched:
 @pytest.fixture
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tile_kernel", "slow_kernel", "target_kernel", "sum_kernel", "maximum_kernel", "u_kernel"):
-        monkeypatch.setattr(triton_path, name, Unlaunched())
+        monkeypatch.setattr(triton_launch, name, Unlaunched())
     monkeypatch.setattr(triton_path, "has_mixed_product", lambda device, dtype: True)
 
 

@@ -28,7 +28,7 @@ class TileCosts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
+class CallBytes:
     """The arguments of `Plan.schedule`, the vocabulary at least 1."""
 
     tokens: int
