@@ -75,8 +75,8 @@ class _HeadLoss(HeadAccess, _AxolotlTrainer):
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        logps, outputs = self.head_logps.logps(
-            merge_targets(targets, nll_targets), model=model, mean_logits_over=mean_logits_over, **arguments
+        logps, mean_logits, outputs = self.head_logps.sequence_scores(
+            merge_targets(targets, nll_targets), mean_logits_over, model=model, **arguments
         )
         output = orpo_from_logps(
             logps,
@@ -88,7 +88,8 @@ class _HeadLoss(HeadAccess, _AxolotlTrainer):
         loss = output.loss
         if self.aux_loss_enabled:
             loss = loss + self.aux_loss_coef * outputs.aux_loss.to(loss.device)
-        mean_logits = outputs.get("mean_logits", logps.new_full([len(ids)], torch.nan))
+        if mean_logits is None:
+            mean_logits = logps.new_full([len(ids)], torch.nan)
         chosen, rejected = mean_logits.view(2, -1).mean(1)
         metrics = output.metrics(logits_chosen=chosen, logits_rejected=rejected)
         means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes

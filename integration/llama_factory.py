@@ -79,12 +79,13 @@ class ORPOTrainer(HeadAccess, dpo.CustomDPOTrainer):
         inputs = dict(batch)
         targets = shift_labels(inputs.pop("labels"))  # [2B, T]
         everywhere = torch.ones_like(targets, dtype=torch.bool)
-        logps, outputs = self.head_logps.logps(
-            targets, model=model, mean_logits_over=everywhere, use_cache=False, **inputs
+        logps, mean_logits, _ = self.head_logps.sequence_scores(
+            targets, everywhere, model=model, use_cache=False, **inputs
         )
         output = orpo_from_logps(logps, targets.to(logps.device), beta=self.beta, preset=self.preset)
 
-        mean_logits = outputs.get("mean_logits", logps.new_full([len(targets)], torch.nan))
+        if mean_logits is None:
+            mean_logits = logps.new_full([len(targets)], torch.nan)
         chosen, rejected = mean_logits.view(2, -1).mean(1)
         metrics = output.metrics(logits_chosen=chosen, logits_rejected=rejected)
         del metrics["log_odds_ratio"], metrics["log_odds_chosen"]

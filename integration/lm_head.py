@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,19 @@ from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_a
 from .head.sharded import gathered
 
 logger = logging.getLogger("orpo_kernels")
+
+
+class SequenceScores(NamedTuple):
+    """What `ModelLogps.sequence_scores` gives.
+
+    logps: fp32 shaped like targets, 0 where not scored.
+    mean_logits: [B] or [S], of each sequence, without gradient; None for a soft-capped head, which has no such form.
+    outputs: the model's, whose `logits` are placeholders.
+    """
+
+    logps: Tensor
+    mean_logits: Tensor | None
+    outputs: Any
 
 
 class ModelLogps:
@@ -64,7 +77,6 @@ class ModelLogps:
         rows: Tensor | None = None,
         hidden_shape: torch.Size | None = None,
         ignore_index: int = -100,
-        mean_logits_over: Tensor | Sequence[Tensor] | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Any]:
         """Run the model and return (log-probabilities, outputs).
@@ -74,9 +86,6 @@ class ModelLogps:
         rows: int64, shaped like targets: the flattened hidden row that predicts each; targets may then have any
             shape, and hidden_shape says what the head will be given (default: that of `inputs["input_ids"]`, to
             which PEFT's prompt tuning adds positions that `rows` does not count).
-        mean_logits_over: [B, T] bool, or S int64 tensors of flattened hidden rows, one a sequence: put each
-            sequence's mean logit over these positions into `outputs["mean_logits"]` [B] or [S]; no logits needed
-            (left out for a soft-capped head, which has no such form).
         inputs: the model's own arguments, without labels.
 
         Returns log-probabilities fp32 shaped like targets, 0 where not scored, on the device of the model's
@@ -88,10 +97,31 @@ class ModelLogps:
         Raises ValueError for targets or inputs that do not fit, RuntimeError when the head was not called
         exactly once, or when the model treats its logits in a way that cannot be taken exactly.
         """
-        answer, outputs = self._ask(
+        answer, _, outputs = self._ask(targets, model, rows, hidden_shape, ignore_index, inputs)
+        return answer.logps, outputs
+
+    def sequence_scores(
+        self,
+        targets: Tensor,
+        mean_logits_over: Tensor | Sequence[Tensor],
+        *,
+        model: Callable[..., Any] | None = None,
+        rows: Tensor | None = None,
+        hidden_shape: torch.Size | None = None,
+        ignore_index: int = -100,
+        **inputs: Any,
+    ) -> SequenceScores:
+        """Run the model and return log-probabilities with each sequence's mean logit; no logits needed.
+
+        mean_logits_over: the positions that each mean is over: [B, T] bool, or S int64 tensors of flattened hidden
+            rows, one a sequence.
+
+        All else is as for `logps`.
+        """
+        answer, mean_logits, outputs = self._ask(
             targets, model, rows, hidden_shape, ignore_index, inputs, mean_logits_over=mean_logits_over
         )
-        return answer.logps, outputs
+        return SequenceScores(answer.logps, mean_logits, outputs)
 
     def token_stats(
         self,
@@ -115,9 +145,10 @@ class ModelLogps:
         """
         wanted = statistics_of(statistics, entropy_grad)
         check_temperature(temperature)
-        return self._ask(
+        answer, _, outputs = self._ask(
             targets, model, rows, hidden_shape, ignore_index, inputs, wanted=wanted, temperature=temperature
         )
+        return answer, outputs
 
     def _ask(
         self,
@@ -131,7 +162,8 @@ class ModelLogps:
         mean_logits_over: Tensor | Sequence[Tensor] | None = None,
         wanted: Statistics = NO_STATISTICS,
         temperature: float = 1.0,
-    ) -> tuple[TokenStats, Any]:
+    ) -> tuple[TokenStats, Tensor | None, Any]:
+        """(log-probabilities and statistics, the sequences' mean logits, the model's outputs)."""
         call = self.model if model is None else model
         _check_call(call, inputs)
         self._follow()
@@ -171,12 +203,10 @@ class ModelLogps:
                 "the head ran without gradients inside a model that has them: it lies in a reentrant checkpoint. "
                 "Checkpoint the layers, not the head"
             )
-        if request.mean_logits is not None:
-            outputs["mean_logits"] = request.mean_logits
         answer = join(logits, request.answer, wanted)
         if virtual and rows is None:
             answer = answer.map(lambda x: x[..., virtual:])
-        return answer, outputs
+        return answer, request.mean_logits, outputs
 
     def detach(self) -> None:
         """Give the model its own head back, exactly as it was."""

@@ -19,11 +19,11 @@ _COLUMNS = 9
 
 
 def for_metrics(logps: Tensor) -> Tensor:
-    """Log-probs as `pair_rows` adds them up: detached, fp64 (fp32 where the device has no fp64)."""
+    """Log-probs as `pair_table` adds them up: detached, fp64 (fp32 where the device has no fp64)."""
     return logps.detach().to(torch.float32 if logps.device.type == "mps" else torch.float64)
 
 
-def pair_rows(of: PairSums, mean_logits: Tensor | None, *, aux_loss: Tensor | None = None) -> Tensor:
+def pair_table(of: PairSums, mean_logits: Tensor | None, *, aux_loss: Tensor | None = None) -> Tensor:
     """One batch's rows [B, 9], in the dtype of its sums, those of `for_metrics`.
 
     mean_logits: [2B] of each sequence, None where unknown. aux_loss: [] what the batch's loss has beside the objective

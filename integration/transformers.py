@@ -20,7 +20,6 @@ so they are the same in every layout. A model that soft-caps its logits has none
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -30,30 +29,28 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from orpo_kernels.loss import merge_targets
 from orpo_kernels.objective import orpo_from_sums
 from orpo_kernels.pair_sums import PairSums
-from orpo_kernels.plan import Plan
-from orpo_kernels.presets import check_weight, get_preset
+from orpo_kernels.presets import get_preset
 
 from .batches import FlatBatch
 from .data.collator import LayoutCollator, PreferenceCollator
 from .data.dataset import announce, prepare_dataset, refuse_splits
 from .data.limits import Limits
-from .data.tokenization import check_max_length
-from .metrics import for_metrics, pair_metrics, pair_rows
+from .lm_head import SequenceScores
+from .metrics import for_metrics, pair_metrics, pair_table
 from .packing.gate import model_inputs
 from .packing.kernels import flash_is_installed
-from .packing.layout import Name, NllOver, asked_for, sequence_places, tokens_a_step
-from .training.arguments import numbers_from_text, refuse_label_smoothing
+from .packing.layout import Name, NllOver, sequence_places, tokens_a_step
 from .training.dropout import disable_dropout
 from .training.evaluation_rows import EvaluationRows
 from .training.head_access import HeadAccess, read_streams_everywhere
 from .training.memory_told import MemoryTold
+from .training.orpo_config import ORPOConfig
 from .training.row_order import RowOrder
 from .training.running import RunningMetrics
 from .training.sequence_parallel import CutSequences
@@ -63,101 +60,6 @@ __all__ = ["LayoutCollator", "ORPOConfig", "ORPOTrainer", "PreferenceCollator"]
 _SUMMARY_PAIRS = 1000  # enough for a mean
 _WORTH = 0.1  # the share of the tokens that packing="auto" is to save
 _NORMALIZERS = ("nll_normalizer", "pair_normalizer")
-
-
-@dataclass
-class ORPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what ORPO adds; names and defaults as TRL's where it has them."""
-
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the collator needs the tokenised columns."}
-    )
-    max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longest prompt + completion in tokens; the prompt is cut from its start. None: no limit."},
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of the training rows: group_by_length (random, rows of about a length together: less "
-            "padding), random, sequential or batch_rebalance. A stream keeps its own.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the odds-ratio term (the paper's lambda). Default: the preset's, 0.1 for trl."},
-    )
-    preset: str = field(
-        default="trl",
-        metadata={"help": "Whose objective to follow: trl (NLL on prompt + chosen), llama_factory or paper."},
-    )
-    loss_normalization: str = field(
-        default="batch",
-        metadata={
-            "help": "batch: mean over the micro-batches of an optimiser step, as TRL. global: divide by the tokens "
-            "and pairs of the whole step, over all processes."
-        },
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout of the model to 0."})
-    padding_value: int | None = field(
-        default=None, metadata={"help": "Token id used as padding. Default: the tokenizer's pad token."}
-    )
-    # Or True, or False: annotated as what a command line gives; the next too.
-    packing: str = field(
-        default="auto",
-        metadata={
-            "help": "Lay sequences out one after the other in a row instead of padding them. auto: where that computes "
-            "a tenth fewer tokens and the model allows it; on a GPU with FlashAttention only."
-        },
-    )
-    share_prefix: str = field(
-        default="auto",
-        metadata={"help": "Compute each pair's prompt once. auto: where packing is on. True packs too."},
-    )
-    packing_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens a packed row; a pair must fit into one. Default: one row a batch."},
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise the data. Default: this one."}
-    )
-    scratch_bytes: int | None = field(
-        default=None, metadata={"help": "Memory budget of the loss in bytes. Default: follows the device."}
-    )
-    keep_logit_grads_bytes: int = field(
-        default=0, metadata={"help": "Bytes to spend on keeping logit gradients, where the head trains: less work."}
-    )
-
-    def __post_init__(self) -> None:
-        numbers_from_text(self)
-        super().__post_init__()
-        refuse_label_smoothing(self)
-        if self.loss_normalization not in ("batch", "global"):
-            raise ValueError(f"loss_normalization={self.loss_normalization!r}: use 'batch' or 'global'")
-        check_max_length(self.max_length)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the tokenised columns: leave it False")
-        asked_for(self.packing, self.share_prefix, self.packing_length)
-        if self.beta is None:
-            self.beta = get_preset(self.preset).beta
-        check_weight("beta", self.beta)
-
-    @property
-    def layout(self) -> Name:
-        """What batches are to be, if the model allows it and, with packing="auto", it is worth it."""
-        return asked_for(self.packing, self.share_prefix)
-
-    @property
-    def packs_where_worth_it(self) -> bool:
-        """Whether nothing but packing="auto" asks for a layout."""
-        automatic = str(self.packing).lower() == "auto" and str(self.share_prefix).lower() != "true"
-        return automatic and self.packing_length is None
-
-    @property
-    def plan(self) -> Plan:
-        return Plan(scratch_bytes=self.scratch_bytes, keep_logit_grads=self.keep_logit_grads_bytes)
 
 
 class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows, Trainer):
@@ -226,7 +128,7 @@ class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows
         read_streams_everywhere(args)
         assert args.beta is not None  # ORPOConfig has put the preset's in its place
         self._running = RunningMetrics(beta=args.beta, preset=self.preset)
-        self._eval_rows: list[Tensor] = []
+        self._eval_pairs: list[Tensor] = []
         self.plan, self.chose_layout = args.plan, not args.packs_where_worth_it
         super().__init__(
             model=model,
@@ -320,7 +222,7 @@ class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows
         """
         normalizers: dict[str, Any] = {} if counts is None else dict(zip(_NORMALIZERS, counts, strict=True))
         score = self._score_layout if "layout" in inputs else self._score_padded
-        logps, outputs = score(model, inputs)
+        logps, mean_logits, outputs = score(model, inputs)
         group = self._sequence_group(model.training)
         of = self._pair_sums(logps, inputs).over_ranks(group)
         output = orpo_from_sums(of, beta=self.args.beta, preset=self.preset, **normalizers)
@@ -335,30 +237,31 @@ class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows
         else:
             aux_loss = None
         of = self._pair_sums(for_metrics(logps), inputs).over_ranks(group)
-        return loss, pair_rows(of, self._mean_logits(outputs, inputs, group), aux_loss=aux_loss), outputs
+        mean_logits = self._over_whole_sequences(mean_logits, inputs, group)
+        return loss, pair_table(of, mean_logits, aux_loss=aux_loss), outputs
 
-    def _score_padded(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """(log-probs [2B, T], the model's outputs) of `PreferenceCollator`'s batch."""
+    def _score_padded(self, model: nn.Module, inputs: Mapping[str, Any]) -> SequenceScores:
+        """Scores [2B, T] of `PreferenceCollator`'s batch."""
         ours = ("targets", "nll_targets", "labels", "shift_labels")  # the last two are there for Ulysses' adapter only
         arguments = {name: value for name, value in inputs.items() if name not in ours}
-        return self.head_logps.logps(
+        return self.head_logps.sequence_scores(
             merge_targets(inputs["targets"], self._nll_targets(inputs)),
+            inputs["attention_mask"],
             model=model,
-            mean_logits_over=inputs["attention_mask"],
             use_cache=False,
             **arguments,
         )
 
-    def _score_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """(log-probs [N], the model's outputs) of `LayoutCollator`'s batch."""
+    def _score_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> SequenceScores:
+        """Scores [N] of `LayoutCollator`'s batch."""
         batch = self.layout_gate.admit(cast(FlatBatch, dict(inputs)), model)
         if isinstance(self.data_collator, LayoutCollator):
             self.data_collator.name = batch["layout"].name  # what is refused is not laid out again
-        return self.head_logps.logps(
+        return self.head_logps.sequence_scores(
             batch["targets"],
+            sequence_places(batch),
             rows=batch["rows"],
             model=model,
-            mean_logits_over=sequence_places(batch),
             use_cache=False,
             **model_inputs(batch),
         )
@@ -423,17 +326,17 @@ class ORPOTrainer(MemoryTold, CutSequences, HeadAccess, RowOrder, EvaluationRows
         cut, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))
         with cut(), torch.no_grad(), self.compute_loss_context_manager():
             loss, rows, _ = self.orpo(model, inputs)
-        self._eval_rows.append(self._once_each(rows))
+        self._eval_pairs.append(self._once_each(rows))
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Transformers' loop, its loss (a mean of batch means) replaced by the objective of all pairs at once."""
-        self._eval_rows = []
+        self._eval_pairs = []
         output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
         metric_key_prefix = args[2] if len(args) > 2 else kwargs.get("metric_key_prefix", "eval")
-        if not self._eval_rows:
+        if not self._eval_pairs:
             return output
-        metrics = pair_metrics(torch.cat(self._eval_rows), beta=self._running.beta, preset=self.preset)
+        metrics = pair_metrics(torch.cat(self._eval_pairs), beta=self._running.beta, preset=self.preset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 

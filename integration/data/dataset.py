@@ -23,6 +23,7 @@ from transformers.utils.logging import tqdm
 
 from .formats import ACCEPTED_SHAPES, SIDES, normalize_example
 from .limits import Limits
+from .located import located
 from .streams import rows_of_stream
 from .tokenization import TOKENIZED_COLUMNS, check_max_length, tokenize_pair, truncate_pair
 
@@ -247,14 +248,10 @@ def _tokenize_indexed(
     name: str,
     limits: Limits | None,
 ) -> dict[str, Any]:
-    # A template raises errors of any type, jinja2's and its own.
-    try:
+    with located(f"{name}, row {index}"):
         row = tokenize_pair(example, tokenizer, max_length)
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{name}, row {index}: {kind}{error}") from error
-    if limits is not None:
-        limits.check(row, f"{name}, row {index}")
+        if limits is not None:
+            limits.check(row)
     return dict(row)
 
 

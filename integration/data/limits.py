@@ -43,27 +43,27 @@ class Limits(NamedTuple):
                 f"model.resize_token_embeddings({len(tokenizer)}), or use the model's own tokenizer"
             )
 
-    def check(self, row: Mapping[str, Any], where: str) -> None:
+    def check(self, row: Mapping[str, Any]) -> None:
         """ValueError for a tokenised row that the model cannot take."""
-        self.check_length(row["length"], where)
+        self._check_length(row["length"])
         for side in ("chosen", "rejected"):
             largest = max(row[f"{side}_input_ids"], default=0)
             if self.embeddings is not None and largest >= self.embeddings:
-                raise ValueError(f"{where}: token id {largest}, and the model has {self.embeddings} embeddings")
+                raise ValueError(f"token id {largest}, and the model has {self.embeddings} embeddings")
             # The first token is predicted by nothing.
             largest = max(row[f"{side}_input_ids"][1:], default=0)
             if self.head is not None and largest >= self.head:
                 raise ValueError(
-                    f"{where}: token id {largest}, which the head does not score: it has {self.head} rows and the "
+                    f"token id {largest}, which the head does not score: it has {self.head} rows and the "
                     f"embeddings {self.embeddings}. Leave such tokens out of the text, or enlarge the head"
                 )
 
-    def check_length(self, length: int, where: str) -> None:
+    def _check_length(self, length: int) -> None:
         most = None if self.positions is None else self.positions - self.virtual
         if most is not None and length > most:
             taken = f", {self.virtual} of them for PEFT's virtual tokens" if self.virtual else ""
             raise ValueError(
-                f"{where}: {length} tokens, and the model has a table of {self.positions} positions{taken}: "
+                f"{length} tokens, and the model has a table of {self.positions} positions{taken}: "
                 f"use max_length={most} or less"
             )
 

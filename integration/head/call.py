@@ -44,7 +44,7 @@ class Request:
 
     targets: int64, any shape. rows: the flattened hidden row that predicts each, None where they correspond.
     scored: the scored tokens among them. hidden_shape: that of the hidden states without their last size.
-    mean_logits_over: see `ModelLogps.logps`; wanted, temperature: see `ModelLogps.token_stats`.
+    mean_logits_over: see `ModelLogps.sequence_scores`; wanted, temperature: see `ModelLogps.token_stats`.
     in_fp32: see `ModelLogps`.
     only_placeholders: score nothing; answered: it has returned them. copies: of them side by side, where the head's
     output is gathered. adapters: what each layer of an adapted head has added; steps: those layers, from the last to

@@ -23,7 +23,7 @@ from orpo_kernels.objective import orpo_objective_flat
 from ..batches import FlatBatch
 from ..lm_head import attach
 from ..packing.attention import use_packed_attention
-from ..packing.gate import model_inputs, moved
+from ..packing.gate import model_inputs, on_device
 from ..packing.layout import pack_pairs, pad_pairs, sequence_places
 from .architecture import quiet, text_config
 from .configurations import config_of
@@ -122,8 +122,8 @@ def _batch(run: Run, length: int, device: torch.device) -> FlatBatch:
             row |= {f"{side}_input_ids": [*start, first, *rest], f"{side}_prompt_length": prompt}
         pairs.append(row)
     if packs:
-        return moved(pack_pairs(pairs, run.layout == "shared"), device)
-    return moved(pad_pairs(pairs), device)
+        return on_device(pack_pairs(pairs, run.layout == "shared"), device)
+    return on_device(pad_pairs(pairs), device)
 
 
 class _Step:
@@ -150,10 +150,10 @@ class _Step:
 
     def _ours(self, batch: FlatBatch) -> Tensor:
         assert self.ours is not None
-        logps, _ = self.ours.logps(
+        logps, *_ = self.ours.sequence_scores(
             batch["targets"],
+            sequence_places(batch),
             rows=batch["rows"],
-            mean_logits_over=sequence_places(batch),
             use_cache=False,
             **model_inputs(batch),
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .gate import LayoutGate, model_inputs, moved
+from .gate import LayoutGate, model_inputs, on_device
 from .layout import Name
 from .sequences import lay_out_sequences, sequences_of
 
@@ -61,7 +61,7 @@ class BatchLayout:
             return None
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         batch = lay_out_sequences(name, sequences, groups(sequences), self.row_length, self.padding_value)
-        batch = self.gate.admit(moved(batch, ids.device), model)
+        batch = self.gate.admit(on_device(batch, ids.device), model)
         if batch["layout"].name == "padded":
             return None
         rows = ids.new_zeros(ids.shape).masked_scatter(mask == 1, batch["places"])

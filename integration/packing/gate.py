@@ -75,7 +75,7 @@ class LayoutGate:
             self.name = self._decide(batch, model)
         if ORDER.index(layout.name) >= ORDER.index(self.name):
             return batch
-        return moved(layout.laid_out_as(self.name), batch["input_ids"].device)
+        return on_device(layout.laid_out_as(self.name), batch["input_ids"].device)
 
     def decline(self, wanted: Name, reason: str) -> None:
         """Decide on padded rows, for a reason that no model has."""
@@ -109,8 +109,8 @@ class LayoutGate:
         """Why the model cannot have this layout, or None. It attends as before afterwards."""
         device = batch["input_ids"].device
         few: Any = batch["layout"].few()
-        right: Any = moved(few.laid_out_as("padded"), device)
-        laid: Any = moved(few.laid_out_as(name), device)
+        right: Any = on_device(few.laid_out_as("padded"), device)
+        laid: Any = on_device(few.laid_out_as(name), device)
         calls: list[tuple[int | None, int | None]] = []
         laid["layout"] = replace(laid["layout"], segments=replace(laid["layout"].segments, calls=calls))
         inner = transformers_model(self.logps.model)
@@ -208,7 +208,7 @@ def _disagreement(found: Tensor, expected: Tensor, inner: Any) -> str | None:
     return f"log-probabilities differ from padded rows by {error:.2g} nats a token"
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
+def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return cast(Batch, tensors)

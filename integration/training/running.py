@@ -26,7 +26,7 @@ class RunningMetrics:
         self._totals: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Count one batch of this process. rows: [B, 9] of `metrics.pair_rows`."""
+        """Count one batch of this process. rows: [B, 9] of `metrics.pair_table`."""
         output, logits, _ = objective_of(rows, beta=self.beta, preset=self.preset)
         means = output.metrics(**logits)
         # What each is a mean over; a batch may have none of it.

@@ -69,9 +69,10 @@ class CutSequences:
             return loss
         return loss.detach() + (loss - loss.detach()) / self._sp_size
 
-    def _mean_logits(self, outputs: Any, inputs: Mapping[str, Any], group: Group | None) -> Tensor | None:
+    def _over_whole_sequences(
+        self, means: Tensor | None, inputs: Mapping[str, Any], group: Group | None
+    ) -> Tensor | None:
         """Each sequence's mean logit [2B], from those over this rank's positions."""
-        means: Tensor | None = outputs.get("mean_logits")
         if means is None or group is None:
             return means
         counts = inputs["attention_mask"].sum(1).to(means)

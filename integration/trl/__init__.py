@@ -41,4 +41,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import preference
 
-    return getattr(preference, name)
+    globals()[name] = getattr(preference, name)
+    return globals()[name]

@@ -62,7 +62,9 @@ from ..data.dataset import (
     truncate_pair,
 )
 from ..data.limits import Limits
-from ..metrics import for_metrics, pair_metrics, pair_rows
+from ..data.located import located
+from ..lm_head import SequenceScores
+from ..metrics import for_metrics, pair_metrics, pair_table
 from ..packing.batch_layout import BatchLayout
 from ..packing.layout import asked_for
 from ..training.arguments import refuse_label_smoothing
@@ -107,7 +109,7 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
         self.plan = plan
         self.layout = asked_for(packing, share_prefix, packing_length)
         self.packing_length = packing_length
-        self._eval_rows: list[Tensor] = []
+        self._eval_pairs: list[Tensor] = []
         if args is not None:
             refuse_label_smoothing(args)
             read_streams_everywhere(args)
@@ -155,9 +157,10 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
             return Sets({key: self._checked(f"{name}[{key!r}]", part) for key, part in rows.items()})
         limits = Limits.of(self.model)
         if isinstance(rows, Stream):
-            return rows.map(check_row, fn_kwargs={"limits": limits, "where": f"a row of {name}"})
+            return rows.map(check_row, fn_kwargs={"limits": limits})
         for index, row in enumerate(rows.select_columns(list(TOKENIZED_COLUMNS))):
-            limits.check(row, f"{name}, row {index}")
+            with located(f"{name}, row {index}"):
+                limits.check(row)
         return rows
 
     def train(self, *args: Any, **options: Any) -> Any:
@@ -194,11 +197,11 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
 
     def _score(
         self, model: nn.Module, batch: dict[str, Any], padding_value: Any, *, prompt_nll: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        """(logps [2B, T], targets [2B, T], nll_targets [B, T] or None, the model's outputs) of TRL's batch.
+    ) -> tuple[SequenceScores, Tensor, Tensor | None]:
+        """(scores [2B, T], targets [2B, T], nll_targets [B, T] or None) of TRL's batch.
 
         prompt_nll: score the chosen sequences' prompts too, for an NLL over both (a decoder's only).
-        `outputs["mean_logits"]` [2B] are over the positions that TRL's metric of that trainer takes; without
+        Mean logits [2B] are over the positions that TRL's metric of that trainer takes; without
         padding, over each sequence's own.
         """
         inputs = self.concatenated_inputs(batch, self.is_encoder_decoder, padding_value, self.accelerator.device)
@@ -223,11 +226,9 @@ class _HeadLogps(MemoryTold, HeadAccess, RowOrder, EvaluationRows, _TrlTrainer):
             laid = batches.lay_out(arguments, merged, lambda _: pairs, model)
             if laid is not None:
                 arguments, mean_logits_over = laid
-        arguments["mean_logits_over"] = mean_logits_over
-        logps, outputs = self.head_logps.logps(merged, model=model, **arguments)
-        if nll_targets is not None:
-            nll_targets = nll_targets.to(logps.device)
-        return logps, targets.to(logps.device), nll_targets, outputs
+        scores = self.head_logps.sequence_scores(merged, mean_logits_over, model=model, **arguments)
+        device = scores.logps.device
+        return scores, targets.to(device), None if nll_targets is None else nll_targets.to(device)
 
 
 class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
@@ -245,21 +246,21 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and TRL's metrics of one batch, as [] tensors: nothing waits for the device."""
-        logps, targets, nll_targets, outputs = self._score(model, batch, self.padding_value, prompt_nll=True)
+        scores, targets, nll_targets = self._score(model, batch, self.padding_value, prompt_nll=True)
+        logps, mean_logits, outputs = scores
         output = orpo_from_logps(logps, targets, nll_targets=nll_targets, beta=self.beta, preset=_PRESET)
         aux_loss = getattr(outputs, "aux_loss", None) if self.aux_loss_enabled else None
         aux_loss = None if aux_loss is None else self.aux_loss_coef * aux_loss.to(output.loss.device)
         loss = output.loss if aux_loss is None else output.loss + aux_loss
 
-        mean_logits = outputs.get("mean_logits")
         chosen, rejected = (None, None) if mean_logits is None else mean_logits.view(2, -1).mean(1)
         metrics = output.metrics(logits_chosen=chosen, logits_rejected=rejected)
         if train_eval == "train":
             means = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean")  # over processes
             return loss, dict(zip(metrics, means, strict=True))
         of = PairSums.of_targets(for_metrics(logps), targets, nll_targets)
-        rows = pair_rows(of, mean_logits, aux_loss=aux_loss)
-        self._eval_rows.append(self.accelerator.gather_for_metrics(rows))
+        rows = pair_table(of, mean_logits, aux_loss=aux_loss)
+        self._eval_pairs.append(self.accelerator.gather_for_metrics(rows))
         # TRL's prediction_step hands the logits on as predictions, whether or not they are known.
         unknown = dict.fromkeys(("logits/chosen", "logits/rejected"), loss.new_tensor(torch.nan))
         return loss, {f"eval_{name}": value for name, value in (unknown | metrics).items()}
@@ -273,13 +274,13 @@ class ORPOTrainer(_HeadLogps, _TrlORPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """TRL's loop, its metrics and its loss replaced by those of all pairs at once."""
-        self._eval_rows = []
+        self._eval_pairs = []
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         self._stored_metrics.pop("eval", None)
-        if self._eval_rows:
-            metrics = pair_metrics(torch.cat(self._eval_rows), beta=self.beta, preset=_PRESET)
+        if self._eval_pairs:
+            metrics = pair_metrics(torch.cat(self._eval_pairs), beta=self.beta, preset=_PRESET)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -306,7 +307,7 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
 
     def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """TRL's tuple, with each sequence's mean logit [B] for its logits, of which TRL takes the mean."""
-        logps, targets, _, outputs = self._score(model, batch, self.pad_token_id, prompt_nll=False)
+        (logps, mean_logits, outputs), targets, _ = self._score(model, batch, self.pad_token_id, prompt_nll=False)
         counts = (targets != -100).sum(-1)
         sums = logps.sum(-1)
         nll_loss = sums.new_zeros(())
@@ -315,7 +316,8 @@ class CPOTrainer(_HeadLogps, _TrlCPOTrainer):
             nll_loss = -sums[:pairs].sum() / counts[:pairs].sum().clamp(min=1)
         if self.loss_type in ("ipo", "simpo"):
             sums = sums / counts.clamp(min=1)
-        mean_logits = outputs.get("mean_logits", torch.full_like(sums, torch.nan))
+        if mean_logits is None:
+            mean_logits = torch.full_like(sums, torch.nan)
         parts = (*sums.split(pairs), *mean_logits.split(pairs), nll_loss)
         if not self.aux_loss_enabled:
             return parts

@@ -14,13 +14,14 @@ from ..data.chat import plain_turn, template_options, without_nulls
 from ..data.dataset import check_rows
 from ..data.formats import IMAGE_COLUMNS, MESSAGE_COLUMNS, refuse_images
 from ..data.limits import Limits
+from ..data.located import located
 from ..data.streams import rows_of_stream
 
 _SIDES = ("chosen", "rejected")
 
 
-def check_row(row: Mapping[str, Any], limits: Limits, where: str) -> dict[str, Any]:
-    limits.check(row, where)
+def check_row(row: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    limits.check(row)
     return {}
 
 
@@ -36,21 +37,23 @@ class Sets(dict[str, Any]):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """A stream whose rows go through TRL's `map` calls as they are read."""
+    """A stream whose rows go through TRL's `map` calls as they are read; an error there names the row."""
 
-    def __init__(self, dataset: Iterable[Any], steps: tuple[Callable[[Any], Any], ...] = ()) -> None:
+    def __init__(self, dataset: Iterable[Any], name: str, steps: tuple[Callable[[Any], Any], ...]) -> None:
         self.dataset = dataset
+        self.name = name
         self.steps = steps
 
     def map(
         self, function: Callable[..., Any], fn_kwargs: dict[str, Any] | None = None, num_proc: Any = None
     ) -> Stream:
-        return Stream(self.dataset, (*self.steps, partial(function, **(fn_kwargs or {}))))
+        return Stream(self.dataset, self.name, (*self.steps, partial(function, **(fn_kwargs or {}))))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in rows_of_stream(self.dataset):
-            for step in self.steps:
-                row = {**row, **step(row)}
+        for index, row in enumerate(rows_of_stream(self.dataset)):
+            with located(f"{self.name}, row {index}"):
+                for step in self.steps:
+                    row = {**row, **step(row)}
             yield row
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,22 +62,21 @@ class Stream(torch.utils.data.IterableDataset):
             self.dataset.set_epoch(epoch)
 
 
-def _as_text(row: Mapping[str, Any], index: int | None, name: str, tokenizer: Any) -> dict[str, Any]:
+def _as_text(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """TRL's own rendering of a row of messages, of what these are without nulls (`chat`); text stays as it is."""
-    where = name if index is None else f"{name}, row {index}"
-    # A template raises errors of any type, jinja2's and its own.
-    try:
-        refuse_images(row)
-        plain: dict[str, Any] = without_nulls(row)
-        for column in MESSAGE_COLUMNS:
-            if isinstance(plain.get(column), list):
-                plain[column] = [plain_turn(turn) for turn in plain[column]]
-        plain["chat_template_kwargs"] = template_options(plain)[1]
-        text = maybe_apply_chat_template(maybe_extract_prompt(plain), tokenizer)  # which passes no tools on
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{where}: {kind}{error}") from error
+    refuse_images(row)
+    plain: dict[str, Any] = without_nulls(row)
+    for column in MESSAGE_COLUMNS:
+        if isinstance(plain.get(column), list):
+            plain[column] = [plain_turn(turn) for turn in plain[column]]
+    plain["chat_template_kwargs"] = template_options(plain)[1]
+    text = maybe_apply_chat_template(maybe_extract_prompt(plain), tokenizer)  # which passes no tools on
     return {column: text[column] for column in ("prompt", *_SIDES) if column in text}
+
+
+def _as_text_of(row: Mapping[str, Any], index: int, name: str, tokenizer: Any) -> dict[str, Any]:
+    with located(f"{name}, row {index}"):
+        return _as_text(row, tokenizer)
 
 
 def _has_messages(dataset: Any) -> bool:
@@ -95,22 +97,16 @@ def mappable(name: str, dataset: Any, tokenizer: Any) -> Any:
     if isinstance(dataset, datasets.Dataset):
         images = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
         for index, row in enumerate(dataset.select_columns(images) if images else ()):
-            _located(refuse_images, row, f"{name}, row {index}")
+            with located(f"{name}, row {index}"):
+                refuse_images(row)
         if tokenizer is None or not _has_messages(dataset):
             return dataset
         return dataset.map(
-            _as_text, with_indices=True, fn_kwargs={"name": name, "tokenizer": tokenizer}, desc="Rendering messages"
+            _as_text_of, with_indices=True, fn_kwargs={"name": name, "tokenizer": tokenizer}, desc="Rendering messages"
         )
     if isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)):
-        return Stream(dataset, (partial(_as_text, index=None, name=f"a row of {name}", tokenizer=tokenizer),))
+        return Stream(dataset, name, (partial(_as_text, tokenizer=tokenizer),))
     raise TypeError(
         f"{name} is a {type(dataset).__name__}: use a datasets.Dataset (Dataset.from_list makes one of a "
         "list), a datasets.IterableDataset or, for evaluation, a dict of them"
     )
-
-
-def _located(check: Callable[[Any], None], row: Any, where: str) -> None:
-    try:
-        check(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

@@ -262,11 +262,12 @@ def test_mean_logits(bias: bool):
         model.lm_head = nn.Linear(32, VOCAB)
     mask = BATCH["attention_mask"].bool()
     right = torch.stack([z[m].mean() for z, m in zip(model(**INPUTS).logits, mask, strict=True)])
-    _, outputs = attach(model).logps(TARGETS, mean_logits_over=mask, **INPUTS)
-    assert not outputs["mean_logits"].requires_grad
-    assert relative_error(outputs["mean_logits"], right) < 1e-5
+    mean_logits = attach(model).sequence_scores(TARGETS, mask, **INPUTS).mean_logits
+    assert mean_logits is not None
+    assert not mean_logits.requires_grad
+    assert relative_error(mean_logits, right) < 1e-5
     model.process = lambda z: 30 * torch.tanh(z / 30)
-    assert "mean_logits" not in attach(model).logps(TARGETS, mean_logits_over=mask, **INPUTS)[1]
+    assert attach(model).sequence_scores(TARGETS, mask, **INPUTS).mean_logits is None
 
 
 # Layouts
@@ -747,10 +748,10 @@ def test_evaluation_and_mean_logits_in_a_compiled_model():
             batch = make_batch(step)
             mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
             logits = model(ids).logits
-            logps, outputs = ours.logps(batch["targets"], model=call, mean_logits_over=mask, input_ids=ids)
+            logps, mean_logits, _ = ours.sequence_scores(batch["targets"], mask, model=call, input_ids=ids)
             assert relative_error(logps, logps_of_logits(logits, batch["targets"])) < 1e-5
             means = torch.stack([z[m].mean() for z, m in zip(logits, mask, strict=True)])
-            assert relative_error(outputs["mean_logits"], means) < 1e-4
+            assert relative_error(mean_logits, means) < 1e-4
     assert counter.frame_count <= 3
 
 
@@ -765,10 +766,10 @@ def test_mean_logits_of_rows_in_a_compiled_model():
             rows = torch.arange(length - 1)
             over = (torch.arange(length - 2), torch.arange(3, length))  # both in the middle
             logits = model(ids).logits[0]
-            logps, outputs = ours.logps(ids[0, 1:], model=call, rows=rows, mean_logits_over=over, input_ids=ids)
+            logps, mean_logits, _ = ours.sequence_scores(ids[0, 1:], over, model=call, rows=rows, input_ids=ids)
             assert relative_error(logps, logps_of_logits(logits[:-1], ids[0, 1:])) < 1e-5
             means = torch.stack([logits[places].mean() for places in over])
-            assert relative_error(outputs["mean_logits"], means) < 1e-4
+            assert relative_error(mean_logits, means) < 1e-4
     assert counter.frame_count <= 3
 
 

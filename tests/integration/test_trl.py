@@ -491,15 +491,18 @@ def test_generation_during_evaluation(tmp_path, monkeypatch):
 # ---- streams and collators ----
 
 
-class OwnStream(torch.utils.data.IterableDataset):
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
     def __iter__(self):
-        return iter(PAIRS)
+        return iter(self.rows)
 
 
 @pytest.mark.shows("Trainers", "TRL, streaming data", "the steps of a data set of the same rows")
 @pytest.mark.parametrize(
     "stream",
-    [datasets.Dataset.from_list(PAIRS).to_iterable_dataset(num_shards=2), OwnStream()],
+    [datasets.Dataset.from_list(PAIRS).to_iterable_dataset(num_shards=2), Rows(PAIRS)],
     ids=["datasets", "torch"],
 )
 def test_streams(stream, tmp_path):
@@ -512,6 +515,15 @@ def test_streams(stream, tmp_path):
     trainer.evaluate()
     for found, expected in zip(steps(trainer), steps(in_order), strict=True):
         assert_same(found, expected, ("epoch",))
+
+
+@pytest.mark.parametrize("name", ["datasets", "torch"])
+def test_a_bad_row_of_a_stream_is_named(name, tmp_path):
+    rows = [*PAIRS[:2], {**PAIRS[2], "chosen": None}]
+    stream = Rows(rows) if name == "torch" else datasets.Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make(ours.ORPOTrainer, llama(), tmp_path, train_dataset=stream, max_steps=6)
+    with pytest.raises(ValueError, match=r"^train_dataset, row 2: .*chosen"):
+        trainer.train()
 
 
 def test_own_collator(tmp_path):
@@ -713,7 +725,7 @@ def test_padding_that_is_the_end_token(tmp_path):
     ]
     trainer = make(ours.ORPOTrainer, llama(), tmp_path, train_dataset=datasets.Dataset.from_list(rows))
     batch = trainer.data_collator(list(trainer.train_dataset))
-    _, targets, nll_targets, _ = trainer._score(trainer.model, batch, EOS, prompt_nll=True)
+    _, targets, nll_targets = trainer._score(trainer.model, batch, EOS, prompt_nll=True)
     assert (targets == EOS).sum(1).tolist() == [2, 1, 1, 1]
     for side, part in zip(("chosen", "rejected"), targets.split(2), strict=True):
         for row, target in zip(trainer.train_dataset, part.tolist(), strict=True):

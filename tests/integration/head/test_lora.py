@@ -170,9 +170,9 @@ def test_mean_logits():
     over = INPUTS["attention_mask"].bool()
     with torch.no_grad():
         logits = model(**INPUTS).logits.mean(-1)
-        _, outputs = attach(model).logps(TARGETS, mean_logits_over=over, **INPUTS)
+        found = attach(model).sequence_scores(TARGETS, over, **INPUTS).mean_logits
     right = (logits * over).sum(-1) / over.sum(-1)
-    assert torch.allclose(outputs.mean_logits, right, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found, right, rtol=1e-4, atol=1e-6)
 
 
 # ---- switched, merged, saved ----

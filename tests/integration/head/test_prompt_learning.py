@@ -51,12 +51,13 @@ def test_like_full_logits(config: Any, options: dict[str, Any]) -> None:
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     over = torch.ones_like(IDS, dtype=torch.bool)
-    logps, outputs = attach(model).logps(
-        shift_labels(IDS), input_ids=IDS, attention_mask=torch.ones_like(IDS), mean_logits_over=over
+    logps, mean_logits, _ = attach(model).sequence_scores(
+        shift_labels(IDS), over, input_ids=IDS, attention_mask=torch.ones_like(IDS)
     )
     assert logps.shape == IDS.shape
     torch.testing.assert_close(logps[:, :-1].double(), full_logits(model), rtol=1e-5, atol=1e-5)
-    assert outputs["mean_logits"].shape == (3,)
+    assert mean_logits is not None
+    assert mean_logits.shape == (3,)
     (logps[:, :-1] * weights).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() != set()
@@ -80,11 +81,11 @@ def test_rows_behind_positions_of_its_own(kind: str) -> None:
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     targets = shift_labels(IDS)
     at = torch.randperm(IDS.numel())
-    logps, outputs = attach(model).logps(targets.flatten()[at], rows=at, mean_logits_over=over, **inputs)
+    logps, mean_logits, _ = attach(model).sequence_scores(targets.flatten()[at], over, rows=at, **inputs)
     whole = torch.zeros(IDS.numel()).index_put((at,), logps.detach()).view_as(IDS)
     torch.testing.assert_close(whole[:, :-1].double(), full_logits(model).detach(), rtol=1e-5, atol=1e-5)
     means = model(**inputs).logits[:, -length:].mean((1, 2))
-    torch.testing.assert_close(outputs["mean_logits"], means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_logits, means, rtol=1e-4, atol=1e-5)
 
 
 PROMPTS = {

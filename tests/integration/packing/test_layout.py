@@ -25,7 +25,7 @@ from transformers import (
 
 from orpo_kernels.integration.data.collator import LayoutCollator, PreferenceCollator
 from orpo_kernels.integration.lm_head import attach
-from orpo_kernels.integration.metrics import for_metrics, pair_rows
+from orpo_kernels.integration.metrics import for_metrics, pair_table
 from orpo_kernels.integration.packing.attention import restore_attention
 from orpo_kernels.integration.packing.gate import LayoutGate, model_inputs
 from orpo_kernels.integration.packing.layout import lay_out, pack_pairs, pad_pairs, tokens_a_step
@@ -232,7 +232,7 @@ def test_the_flat_objective_is_the_padded_one(preset: str, normalizers: dict[str
             of = PairSums.of_flat(*flat, num_pairs=len(ROWS), preset=get_preset(preset))
         assert int(of.nll_count(get_preset(preset))) == int(output.nll_count)
         assert int(of.pair_is_valid.sum()) == int(output.valid_pairs)
-        table = pair_rows(of, None)
+        table = pair_table(of, None)
         output.loss.backward()
         found[name] = (output, table, source.grad)
     right, right_table, right_gradient = found.pop("rectangle")
@@ -269,31 +269,27 @@ def test_mean_logits_are_those_of_separate_rows(build: Any, name: Any, row_lengt
     gate = LayoutGate(ours)
     batch = gate.admit(LayoutCollator(PAD, name, row_length=row_length)(ROWS))
     assert batch["layout"].name == name, gate.reasons
-    _, outputs = ours.logps(
-        batch["targets"],
-        rows=batch["rows"],
-        mean_logits_over=sides_of(batch),
-        use_cache=False,
-        **model_inputs(batch),
-    )
+    mean_logits = ours.sequence_scores(
+        batch["targets"], sides_of(batch), rows=batch["rows"], use_cache=False, **model_inputs(batch)
+    ).mean_logits
     if build is soft_capped:
-        assert "mean_logits" not in outputs
+        assert mean_logits is None
         return
     sequences = [one[f"{side}_input_ids"] for side in ("chosen", "rejected") for one in ROWS]
-    assert not outputs["mean_logits"].requires_grad
+    assert not mean_logits.requires_grad
     restore_attention(made, "sdpa")  # the eager attention takes its softmax in fp32
     with torch.no_grad():
         expected = torch.stack([made(torch.tensor([ids])).logits.mean() for ids in sequences])
-    torch.testing.assert_close(outputs["mean_logits"], expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(mean_logits, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_the_mean_logit_of_no_tokens_is_zero():
     ours = attach(LlamaForCausalLM(LlamaConfig(**TINY)))
     batch = pad_pairs([row([4, 5], 1, [], 0)])
-    _, outputs = ours.logps(
-        batch["targets"], rows=batch["rows"], mean_logits_over=sides_of(batch), **model_inputs(batch)
-    )
-    chosen, rejected = outputs["mean_logits"].tolist()
+    mean_logits = ours.sequence_scores(
+        batch["targets"], sides_of(batch), rows=batch["rows"], **model_inputs(batch)
+    ).mean_logits
+    chosen, rejected = mean_logits.tolist()
     assert chosen != 0 == rejected
 
 
