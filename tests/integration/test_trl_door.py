@@ -14,10 +14,13 @@ import datasets  # noqa: E402
 import trl.trainer.utils  # noqa: E402
 from compatibility import measured  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from test_memory import Allocations  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from trl_runs import LORA, Run, check_same, gemma2, llama, make, run  # noqa: E402
 
 from orpo_kernels.integration.trl import accelerate, restore, use  # noqa: E402
 from orpo_kernels.integration.trl.fused_head import head_on  # noqa: E402
+from orpo_kernels.plan import Plan  # noqa: E402
 
 MODELS = {"llama": llama, "gemma2": gemma2}
 # By hand, those that need a setting of their own.
@@ -184,6 +187,34 @@ def test_entropy_has_a_gradient_where_the_trainer_wants_it(tmp_path: Path):
     assert not head_on(make("GRPO", llama(), tmp_path).model).entropy_grad
     use(entropy_grad=True)
     assert head_on(make("RLOO", llama(), tmp_path).model).entropy_grad
+
+
+def test_the_reference_pass_takes_one_product_and_its_plan(tmp_path: Path):
+    """DPO's: as many operations as one product with the weight has, no gradient, and nothing of a logit's size."""
+    vocab_size, size = 5000, 32
+    plan = Plan(scratch_bytes=256 << 10)
+    with use(plan=plan):
+        trainer = make("DPO", llama(vocab_size=vocab_size), tmp_path, max_steps=1)
+    trainer.train()  # the first call asks the model what it makes of its logits
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    scored = int(batch["completion_mask"].sum())
+    flops, made = FlopCounterMode(display=False), Allocations()
+
+    def begin(*_: Any) -> None:
+        flops.__enter__()
+        made.__enter__()
+
+    def end(head: Any, inputs: Any, logits: Any) -> None:
+        made.__exit__(None, None, None)
+        flops.__exit__(None, None, None)
+        assert not logits.requires_grad
+
+    trainer.ref_model.lm_head.register_forward_pre_hook(begin)
+    trainer.ref_model.lm_head.register_forward_hook(end)
+    trainer.compute_loss(trainer.model, batch)
+    assert flops.get_total_flops() == 2 * scored * size * vocab_size
+    assert plan.scratch_bytes // 4 < made.scratch() <= plan.scratch_bytes < 4 * scored * vocab_size
+    assert sum(buffer.nbytes for buffer in made.buffers if buffer.died is None) < 100 * batch["input_ids"].numel()
 
 
 # ---- without padding, each prompt once ----

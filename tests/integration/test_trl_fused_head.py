@@ -283,6 +283,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 48,
         "attn_temperature_tuning": False,
     },
+    "xlstm": {"num_heads": 4, "num_blocks": 2, "output_logit_soft_cap": 5.0},
 }
 
 
