@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -187,7 +188,7 @@ def test_bad_arguments(
 ):
     """One line, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", None)
     assert main(["train", *arguments]) == 2
     err = capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_adapter_reloads(finished: tuple[Path, dict[str, Any]], tiny: Path) -> N
 
 
 def test_exit_code_tells_a_wrong_loss_and_a_fallen_margin(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, dict[str, Any]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orpo = ORPOTrainer.orpo
 
@@ -141,6 +141,7 @@ def test_exit_code_tells_a_wrong_loss_and_a_fallen_margin(
     monkeypatch.setattr(ORPOTrainer, "orpo", a_little_off)
     monkeypatch.setattr(demo_run, "evaluate", lambda trainer: next(evaluations))
     monkeypatch.setattr(demo_run, "read_pairs", lambda: PAIRS[:4] + PAIRS[-4:])
+    monkeypatch.setattr(demo_run.loss_memory, "measure", lambda *_: finished[1]["peak_memory"])
     assert main(["demo", "--model", str(tiny), "--output-dir", str(tmp_path), "--max-steps", "1"]) == 1
     found = json.loads((tmp_path / "metrics.json").read_text())["checks"]
     assert not found["loss_agrees_with_full_logits"]
@@ -181,7 +182,11 @@ def test_missing_gradient_is_seen(compared: Comparison) -> None:
         replace(compared, ours=ours).figures()
 
 
-@pytest.mark.parametrize("transform", [Transform(), Transform(0.5, 20.0)])
+@pytest.mark.parametrize(
+    "transform",
+    [Transform(0.5, 20.0), pytest.param(Transform(), marks=pytest.mark.exhaustive)],
+    ids=["capped", "plain"],
+)
 def test_memory_of_full_logits_is_that_of_three_logits_tensors(transform: Transform) -> None:
     """Log-probabilities, their gradient and that of the logits; a soft-cap adds some."""
     pairs, length, hidden_size, vocab_size = 2, 64, 16, 65536
@@ -262,7 +267,9 @@ def test_smollm2_trains_as_with_full_logits(tmp_path: Path, monkeypatch: pytest.
     """Two optimiser steps of the demo's own model, both ways: the loss before, between and after."""
     model, tokenizer = demo_run.load_model(*demo.locate_model(None))
     settings = demo_run.Settings(max_steps=2, batch_size=2)
-    pairs = PAIRS[:4] + PAIRS[-2:]
+    by_length = sorted(PAIRS, key=lambda pair: len(json.dumps(pair)))
+    train, heldout = ([pair for pair in by_length if pair["split"] == name] for name in ("train", "heldout"))
+    pairs = train[:2] + heldout[:2]  # a batch: both steps see the same
 
     def losses(kind: type[ORPOTrainer]) -> list[float]:
         monkeypatch.setattr(demo_run, "ORPOTrainer", kind)

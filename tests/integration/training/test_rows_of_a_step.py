@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -27,7 +29,7 @@ def test_metrics_are_of_all_pairs_of_the_step(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["rewards/accuracies"] == pytest.approx(accuracy(pairs(14)))
 
 
-@pytest.mark.parametrize("kind", ["trl", "cpo"])
+@pytest.mark.parametrize("kind", ["trl", pytest.param("cpo", marks=pytest.mark.exhaustive)])
 def test_metrics_of_the_drop_ins_are_means_of_whole_batches(kind: str, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
@@ -53,10 +55,7 @@ def test_a_second_run_counts_none_of_the_firsts_pairs(kind: str, tmp_path: Path)
     assert logged[-1]["rewards/margins"] == pytest.approx(fresh.state.log_history[0]["rewards/margins"], rel=1e-6)
 
 
-def _process(rank: int, folder: Path, count: int, even: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = "29543"
+def _metrics(folder: Path, rank: int, count: int, even: bool) -> None:
     options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     options |= {"learning_rate": 0.0, "per_device_eval_batch_size": 2, "accelerator_config": {"even_batches": even}}
     trainer = make(OWN, folder, pairs(count), **options)
@@ -64,16 +63,49 @@ def _process(rank: int, folder: Path, count: int, even: bool) -> None:
     trainer.train()
     # Seven rows in batches of 2 x 2: the last holds a row twice. Uneven ones transformers cannot evaluate.
     evaluated = trainer.evaluate(pairs(7)) if even else {}
-    torch.save((seen, trainer.state.log_history[0], evaluated), folder / f"{rank}.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    torch.save((seen, trainer.state.log_history[0], evaluated), folder / f"{count} pairs, {rank}.pt")
 
 
-@pytest.mark.parametrize(("count", "even"), [(14, True), (15, False)])
-def test_metrics_of_two_processes(count: int, even: bool, tmp_path: Path) -> None:
+# Without clipping, which would hide a factor.
+GLOBAL = {"loss_normalization": "global", "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "optim": "sgd"}
+
+
+def _global(folder: Path, rank: int, accumulation: int) -> None:
+    options = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make(OWN, folder, pairs(12), **GLOBAL, **options)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    torch.save(dict(model.named_parameters()), folder / f"{accumulation} accumulated, {rank}.pt")
+
+
+UNEVEN = [(14, True), (15, False)]
+
+
+def _process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "29543"
+    for count, even in UNEVEN:
+        _metrics(folder, rank, count, even)
+    for accumulation in (1, 2):
+        _global(folder, rank, accumulation)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes have found, which are started once."""
+    folder = tmp_path_factory.mktemp("two processes")
+    mp.spawn(_process, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize(("count", "even"), UNEVEN)
+def test_metrics_of_two_processes(count: int, even: bool, of_two_processes: Path) -> None:
     """Also where the last batches of the two differ in size."""
-    mp.spawn(_process, (tmp_path, count, even), nprocs=2)
-    (first, logs, evaluated), (second, *_) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    found = (torch.load(of_two_processes / f"{count} pairs, {rank}.pt") for rank in range(2))
+    (first, logs, evaluated), (second, *_) = found
     trained = [pairs(count)[name] for name in first + second]
     assert {*first, *second} == set(range(count))
     assert even or len(trained) == count
@@ -81,40 +113,37 @@ def test_metrics_of_two_processes(count: int, even: bool, tmp_path: Path) -> Non
     assert not even or evaluated["eval_rewards/accuracies"] == pytest.approx(accuracy(pairs(7)))
 
 
-# Without clipping, which would hide a factor.
-GLOBAL = {"loss_normalization": "global", "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "optim": "sgd"}
-
-
-def _global(rank: int, folder: Path, accumulation: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = "29544"
-    options = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
-    trainer = make(OWN, folder, pairs(12), **GLOBAL, **options)
-    trainer.train()
-    if rank == 0:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save(dict(model.named_parameters()), folder / f"{accumulation}.pt")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_global_normalization_is_that_of_one_process(accumulation: int, tmp_path: Path) -> None:
+def test_global_normalization_is_that_of_one_process(accumulation: int, of_two_processes: Path, tmp_path: Path) -> None:
     """1 x 4 pairs, and in two processes 2 x 2 and 2 x 2 x 1."""
     alone = make(OWN, tmp_path, pairs(12), per_device_train_batch_size=4, **GLOBAL)
     first = {name: parameter.detach().clone() for name, parameter in alone.model.named_parameters()}
     alone.train()
-    mp.spawn(_global, (tmp_path, accumulation), nprocs=2)
-    found = torch.load(tmp_path / f"{accumulation}.pt")
-    for name, parameter in alone.model.named_parameters():
-        moved = (parameter - first[name]).norm()
-        assert (parameter - found[name]).norm() <= 1e-4 * moved, name
+    for rank in range(2):
+        found = torch.load(of_two_processes / f"{accumulation} accumulated, {rank}.pt", weights_only=False)
+        for name, parameter in alone.model.named_parameters():
+            change = (parameter - first[name]).norm()
+            assert (parameter - found[name]).norm() <= 1e-4 * change, name
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "random", "batch_rebalance"])
-@pytest.mark.parametrize("kind", [OWN, "trl"])
-@pytest.mark.parametrize("at", [12, 18])
+def few(chosen: Iterable[tuple[Any, ...]], *values: Iterable[Any]) -> list[Any]:
+    """The product of the values, of which all but the chosen are left to the exhaustive tests."""
+    listed = set(chosen)
+    return [pytest.param(*one, marks=[pytest.mark.exhaustive] * (one not in listed)) for one in product(*values)]
+
+
+RESUMED = [
+    (OWN, "group_by_length", 12),
+    ("trl", "random", 12),
+    (OWN, "batch_rebalance", 18),
+    ("trl", "group_by_length", 18),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "at"),
+    few(RESUMED, (OWN, "trl"), ("group_by_length", "random", "batch_rebalance"), (12, 18)),
+)
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, strategy: str, at: int, tmp_path: Path) -> None:
     options = {"num_train_epochs": 3, "train_sampling_strategy": strategy, "save_strategy": "steps", "save_steps": at}
     whole = make(kind, tmp_path / "whole", pairs(24), **options)
@@ -136,10 +165,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, strategy: str, at: in
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [OWN, "trl"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("at", [3, 6, 8])
+STREAMS = [
+    *((OWN, 3, 1, 0), (OWN, 6, 2, 2), (OWN, 8, 1, 2), (OWN, 8, 2, 0)),
+    *(("trl", 3, 2, 2), ("trl", 6, 1, 0), ("trl", 8, 1, 2), ("trl", 8, 2, 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "accumulation", "workers"), few(STREAMS, (OWN, "trl"), (3, 6, 8), (1, 2), (0, 2))
+)
 def test_a_resumed_stream_goes_on_where_it_stopped(
     kind: str, at: int, accumulation: int, workers: int, tmp_path: Path
 ) -> None:
@@ -223,12 +257,16 @@ def test_nothing_is_held_until_something_is_logged(kind: str, options: dict[str,
     compute_loss = trainer.compute_loss
 
     def counted(*args: Any, **more: Any) -> Any:
-        gc.collect()
+        gc.collect()  # of what is not frozen
         counts.append(sum(isinstance(item, Tensor) for item in gc.get_objects()))
         return compute_loss(*args, **more)
 
     trainer.compute_loss = counted
-    trainer.train()
+    gc.freeze()
+    try:
+        trainer.train()
+    finally:
+        gc.unfreeze()
     assert max(counts[10:]) <= max(counts[4:10])
 
 
@@ -276,7 +314,7 @@ def test_such_a_row_to_evaluate_or_in_a_stream(kind: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=f"test_dataset, {message}"):
         trainer.predict(rows)
     trainer = make(kind, tmp_path, Long(), GPT2LMHeadModel(config), max_length=100, max_steps=1)
-    with pytest.raises(ValueError, match=r"row .*: 1\d tokens, and the model has a table of 8 positions"):
+    with pytest.raises(ValueError, match=r"train_dataset, row 1: 1\d tokens, and the model has a table of 8 positions"):
         trainer.train()
 
 
