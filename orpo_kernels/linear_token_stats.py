@@ -94,4 +94,5 @@ def check_temperature(temperature: float) -> None:
 def at_temperature(options: HeadOptions, temperature: float) -> HeadOptions:
     """The same head with its logits divided: c tanh(s x / c) / T is c' tanh(s' x / c') with c' = c / T, s' = s / T."""
     softcap = None if options.softcap is None else options.softcap / temperature
-    return options._replace(logit_scale=options.logit_scale / temperature, softcap=softcap)
+    # Not by _replace, which the compiler of torch 2.11 cannot follow.
+    return HeadOptions(options.logit_scale / temperature, softcap, options.compute_dtype, options.plan)

@@ -232,11 +232,13 @@ def _through(
     function: type[torch.autograd.Function], logits: Tensor, answer: TokenStats, wanted: Statistics
 ) -> tuple[Tensor, TokenStats]:
     """_Fork or _Join of what has a gradient in the answer."""
+    logps, entropy, *others = answer
     if wanted.entropy_grad:
-        logits, logps, entropy = function.apply(logits, answer.logps, answer.entropy)
-        return logits, answer._replace(logps=logps, entropy=entropy)
-    logits, logps = function.apply(logits, answer.logps)
-    return logits, answer._replace(logps=logps)
+        logits, logps, entropy = function.apply(logits, logps, entropy)
+    else:
+        logits, logps = function.apply(logits, logps)
+    # What _replace makes, torch 2.11 cannot carry out of a compiled graph.
+    return logits, TokenStats(logps, entropy, *others)
 
 
 def check_shape(seen: torch.Size, expected: torch.Size) -> None:
