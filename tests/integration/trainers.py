@@ -26,9 +26,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama() -> LlamaForCausalLM:
+def llama(vocab_size: int = WORDS + 3) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": WORDS + 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes = {"vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, eos_token_id=2))
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from trainers import llama, make, pairs
+from trainers import WORDS, llama, make, pairs
 from transformers import LlamaForCausalLM
 from wrapping import LEARNING_RATE, Trained, check_same, inputs_of, make_batch, through, tiny_llama, train
 from wrapping import VOCAB as TOKENS
@@ -32,9 +32,10 @@ from orpo_kernels.integration.lm_head import attach
 from orpo_kernels.loss import merge_targets
 
 STEPS = 5
-# So many entries that nothing but a weight of the whole head has as many elements. They do not divide, where transformers
-# cuts such a head.
-VOCAB = 4003 if Version(transformers.__version__) >= Version("5.24") else 4004
+# So many entries that nothing but a weight of the whole head has as many elements. They do not divide, where
+# transformers cuts such a head.
+UNEVEN = Version(transformers.__version__) >= Version("5.24")
+VOCAB = 4003 if UNEVEN else 4004
 HEAD = VOCAB * 32
 
 
@@ -196,16 +197,21 @@ def trainer_of(kind: str, folder: str | Path, model: nn.Module) -> Any:
 
 
 def adapter_of_a_part() -> str:
-    """The error for an adapter that PEFT has made for the head of a tp_plan: its own forward fails."""
+    """The error for an adapter that PEFT has made for the head of a tp_plan, where its own forward fails; where it
+    does not, what comes of ours."""
     config = LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
     model, batch = get_peft_model(loaded(tiny()), config), make_batch()
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        model(**inputs_of(batch))
+    z = None
+    with pytest.raises(RuntimeError, match="size of tensor") if UNEVEN else nullcontext():
+        z = model(**inputs_of(batch)).logits
     try:
-        attach(model).logps(batch["targets"], **inputs_of(batch))
+        found, _ = attach(model).logps(batch["targets"], **inputs_of(batch))
     except RuntimeError as error:
         return str(error)
-    return "nothing"
+    assert z is not None
+    right = z.log_softmax(-1).gather(-1, batch["targets"].clamp_min(0)[..., None])[..., 0] * (batch["targets"] != -100)
+    torch.testing.assert_close(found, right)
+    return "right"
 
 
 def work(names: tuple[str, ...], folder: str) -> dict[str, Any]:
@@ -220,7 +226,7 @@ def work(names: tuple[str, ...], folder: str) -> dict[str, Any]:
         else:
             # accelerate takes tensor parallelism on devices only; all that it does then is the same on a CPU.
             ParallelismConfig._validate_accelerator = lambda self, accelerator: None
-            found[name] = logged(trainer_of(name, folder, loaded(llama())))
+            found[name] = logged(trainer_of(name, folder, loaded(llama(WORDS + 4))))
     return found
 
 
@@ -267,17 +273,18 @@ def test_mean_logits(results: Callable[[int], list[dict[str, Any]]]):
 
 @pytest.mark.shows("Wrappers", "LoRA that PEFT puts on a `tp_plan` head", "the error says what to do", "refused")
 def test_an_adapter_of_one_ranks_rows_is_refused(results: Callable[[int], list[dict[str, Any]]]):
-    for rank, size in zip(results(2), (2002, 2001), strict=True):
-        assert f"an adapter on it has {size} rows where the head has {VOCAB}" in rank["adapter of a part"]
+    for rank, size in zip(results(2), (-(-VOCAB // 2), VOCAB // 2), strict=True):
+        refused = f"an adapter on it has {size} rows where the head has {VOCAB}" in rank["adapter of a part"]
+        assert refused or (not UNEVEN and rank["adapter of a part"] == "right")
 
 
 def full_logits_trainer(kind: str, folder: Path) -> Any:
     """In one process: TRL's own, and ours with its loss made from full logits."""
-    trainer = trainer_of(kind, folder, llama())
+    trainer = trainer_of(kind, folder, llama(WORDS + 4))
     if kind == "trl":
         theirs = pytest.importorskip("trl.experimental.orpo")
         arguments = {"train_dataset": trainer.train_dataset, "processing_class": trainer.processing_class}
-        return theirs.ORPOTrainer(llama(), trainer.args, **arguments)
+        return theirs.ORPOTrainer(llama(WORDS + 4), trainer.args, **arguments)
 
     def compute_loss(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:
         return full_logits_loss(model, inputs, trainer.args) / trainer.args.gradient_accumulation_steps
