@@ -263,6 +263,7 @@ def test_output_dir_that_is_a_file_is_named(tiny: Path, tmp_path: Path, capsys: 
     assert f"--output-dir {taken}: File exists" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive  # `make demo` compares them too, on one batch
 def test_smollm2_trains_as_with_full_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two optimiser steps of the demo's own model, both ways: the loss before, between and after."""
     model, tokenizer = demo_run.load_model(*demo.locate_model(None))

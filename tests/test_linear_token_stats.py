@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_kernels import Plan, TokenStats, linear_logps, linear_token_stats
+from orpo_kernels.kernels import torch_statistics
 from orpo_kernels.kernels.statistics import Statistics
 from orpo_kernels.linear_logps import head_options
 from orpo_kernels.linear_token_stats import STATISTICS, scored_token_stats
@@ -23,6 +24,14 @@ from orpo_kernels.tokens import select_scored
 CPU = torch.device("cpu")
 # Several tiles each way.
 SMALL = Plan(scratch_bytes=1 << 18)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows_at_once() -> Iterator[None]:
+    """Tiles of tests are small: several parts of their rows, as large tiles have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_statistics, "ROWS_AT_ONCE", 7)
+        yield
 
 
 def exact(case: Case, temperature: float = 1.0) -> TokenStats:

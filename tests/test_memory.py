@@ -216,7 +216,9 @@ SIZES = [(1, 4096, 32000), (1000, 768, 8000), (20_000, 8, 1000), (1500, 4096, 30
 
 
 @pytest.mark.parametrize("train", TRAIN.values(), ids=TRAIN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.exhaustive)], ids=str
+)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_default_budget(size: tuple[int, int, int], dtype: torch.dtype, train: tuple[str, ...], fake: None) -> None:
     n, d, v = size
@@ -256,7 +258,7 @@ def mode_of(variant: dict[str, Any], mode: tuple[tuple[str, ...], bool | int]) -
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)], ids=str)
 def test_small_budget(
     dtype: torch.dtype, variant: dict[str, Any], mode: tuple[tuple[str, ...], bool | int], fake: None
 ) -> None:

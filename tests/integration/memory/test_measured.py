@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA, ours, padded": {"lora_r": 8, "layout": "padded", "loss": "ours"},
     "LoRA, full logits, checkpoints": {"lora_r": 8, "layout": "padded", "loss": "full", "checkpointing": True},
 }
-FEW = ("all weights, ours, shared", "LoRA, full logits, checkpoints")
+FEW = ("all weights, ours, shared",)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's high-water mark")
