@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +29,13 @@ from orpo_kernels.linear_token_stats import STATISTICS, TokenStats, check_temper
 from orpo_kernels.plan import Plan
 from orpo_kernels.tokens import select_scored
 
-from .head.call import Request, check_shape, forward, join, run
+from .head.call import Request, SequenceScores, check_shape, forward, join, run
 from .head.logit_transform import PLACEHOLDERS, Transform, check_untrained, infer_transform, placeholder_values
 from .head.lora import virtual_tokens
 from .head.patch import bare_model, head_and_adapters, head_rows, patch, patch_adapters, unpatch
 from .head.sharded import gathered
 
 logger = logging.getLogger("orpo_kernels")
-
-
-class SequenceScores(NamedTuple):
-    """What `ModelLogps.sequence_scores` gives.
-
-    logps: fp32 shaped like targets, 0 where not scored.
-    mean_logits: [B] or [S], of each sequence, without gradient; None for a soft-capped head, which has no such form.
-    outputs: the model's, whose `logits` are placeholders.
-    """
-
-    logps: Tensor
-    mean_logits: Tensor | None
-    outputs: Any
 
 
 class ModelLogps:
@@ -116,7 +103,8 @@ class ModelLogps:
         mean_logits_over: the positions that each mean is over: [B, T] bool, or S int64 tensors of flattened hidden
             rows, one a sequence.
 
-        All else is as for `logps`.
+        All else is as for `logps`. Returns (log-probabilities, mean logits [B] or [S] without gradient, outputs); no
+        mean logits, None, for a soft-capped head, which has no such form.
         """
         answer, mean_logits, outputs = self._ask(
             targets, model, rows, hidden_shape, ignore_index, inputs, mean_logits_over=mean_logits_over

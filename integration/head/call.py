@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,14 @@ from .logit_transform import PLACEHOLDERS, Transform, placeholder_values
 from .lora import LowRank, Step, join_adapters, low_rank_steps
 from .patch import plain_forward
 from .sharded import as_output, gathered, head_tensors, own_adapter
+
+
+class SequenceScores(NamedTuple):
+    """What `ModelLogps.sequence_scores` gives."""
+
+    logps: Tensor
+    mean_logits: Tensor | None
+    outputs: Any
 
 
 @dataclass(eq=False)
