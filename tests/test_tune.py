@@ -134,7 +134,9 @@ def test_the_launcher_takes_what_was_tuned_for_the_pass(monkeypatch: pytest.Monk
     assert triton_launch.default_config(head, "exponentials", 1500) == DEFAULT
     assert triton_launch.default_config(head, "gradient", 300) == DEFAULT
     assert triton_launch.default_config(head, "gradient", 1500, bias_gradient=True) == DEFAULT
-    assert triton_launch.default_config(head, "gradient", 1500, statistics=True) == DEFAULT
+    tuned.save({tuned.key("A Card", torch.bfloat16, "sums", 2000, 4096, True): entry()})
+    assert triton_launch.default_config(head, "sums", 1500, bias_gradient=True) == OTHER
+    assert triton_launch.default_config(head, "sums", 1500, statistics=True) == DEFAULT  # timed without them
 
 
 # ---- the command ----

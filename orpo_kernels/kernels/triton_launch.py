@@ -214,6 +214,6 @@ def _precision(device: torch.device) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -40,7 +40,7 @@ from orpo_kernels.kernels.rows import scale_kernel
 from orpo_kernels.kernels.statistics import NO_STATISTICS, Statistics
 from orpo_kernels.kernels.tile import INTERPRETED
 from orpo_kernels.kernels.triton_bytes import DTYPES
-from orpo_kernels.kernels.triton_launch import OPTIONS, Launcher, default_config, on_device, tile_buffer
+from orpo_kernels.kernels.triton_launch import OPTIONS, Launcher, default_config, device_guard, tile_buffer
 from orpo_kernels.kernels.triton_statistics import GatheredStatistics
 from orpo_kernels.plan import Schedule
 
@@ -101,7 +101,7 @@ def forward(
         kept = KeptLogitGrads([tile_buffer(keep, v, dtype, device, config)], base, v)
     scratch = tile_buffer(min(schedule.forward_chunk, n - keep) if want_u else 0, v, dtype, device, config)
 
-    with on_device(device):
+    with device_guard(device):
         if tokens.known is None:
             target, slopes, bases = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
         else:
@@ -173,7 +173,7 @@ def weight_gradient(
             return rows
         return torch.mul(rows, factors[chunk, None], out=torch.empty(rows.shape, dtype=dtype, device=device))
 
-    with on_device(device):
+    with device_guard(device):
         # Rows that serve every block are made once.
         ready = [operand(chunk) for chunk in chunks] if n == chunk_size else None
         buffer = tile_buffer(min(chunk_size, n - keep), block, dtype, device, config)
@@ -209,7 +209,7 @@ def weight_gradient(
 def target_logits(tokens: Tokens, head: Head, schedule: Schedule) -> TargetLogits:
     """z_y [N] in fp64 and its slope of the tokens whose target is one of the head's rows; 0 of the others."""
     launch = Launcher(head, default_config(head, "sums", tokens.targets.numel()))
-    with on_device(head.weight.device):
+    with device_guard(head.weight.device):
         (t_y, low), slopes, _ = launch.targets(tokens.hidden, tokens.rows, tokens.targets)
     absent = tokens.targets < 0
     value = (t_y.double() + low.double()) * math.log(2)
@@ -235,7 +235,7 @@ def settle_kept(kept: KeptLogitGrads, tokens: Tokens, head: Head, lse: Tensor) -
     base, y = kept.base[:, 0], tokens.targets[:keep, None]
     logarithm = lse[:keep] - base
     over = (logarithm - _LARGEST_SUM).clamp_(min=0.0).nan_to_num_(0.0)
-    with on_device(tile.device):
+    with device_guard(tile.device):
         scale_kernel[(triton.cdiv(keep, 16), 64)](
             tile, (-over).exp().float(), tile.stride(0), keep, kept.columns, BC=16, BV=256, **OPTIONS
         )  # fmt: skip
